@@ -1,0 +1,177 @@
+"""The job file: what a fine-tuning job is, as strict types.
+
+Two kinds of content stand in it. *Shared* fields are what every party agrees to; they are hashed into `job_id`.
+*Local* fields (marked `local` below: paths, devices, addresses) differ per machine and are never hashed.
+Reading the TOML text, errors with line numbers, and the canonical bytes live in `jobfile.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def local(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that differs per machine and is not part of the job's identity."""
+    return Field(default, json_schema_extra={"local": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """A table of the job file: frozen, unknown keys refused, no silent type conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class JobSection(Section):
+    """[job]"""
+
+    name: Name
+    method: Literal["split"] = "split"
+    seed: int = Field(0, ge=0, lt=2**31)
+    version: Literal[1] = 1
+
+
+class ModelSection(Section):
+    """[model]: a Hugging Face causal language model with safetensors weights."""
+
+    path: str = local()
+    revision: str | None = None
+    cut: int | float | Literal["auto"] = "auto"
+    """Number of former layers (int), share of all layers (float in (0, 1)), or "auto" (a third)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataSection(Section):
+    """[data]: how records become text."""
+
+    format: Literal["auto", "prompt-response", "prompt-completion", "messages"] = "auto"
+    template: str | None = None
+    """Text with {prompt} and {response} placed around a record; None joins them with one space."""
+    truncation: Literal["left", "right"] = "left"
+    """Which side of the prompt is dropped when prompt and response exceed `max_tokens`."""
+    validation: float = Field(0.05, ge=0.0, lt=0.5)
+    """Share of each party's training records kept for choosing the best checkpoint."""
+
+
+class AdapterSection(Section):
+    """[adapter]"""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class TrainingSection(Section):
+    """[training]: exactly one of `epochs` and `steps`."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens per optimiser step, reached by accumulating packs."""
+    max_tokens: int = Field(512, ge=8)
+    """Longest document and longest pack, in tokens."""
+    learning_rate: float = Field(2e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0.0, lt=1.0)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    evaluations: int = Field(4, ge=0)
+    """How often the validation loss is measured during training (the last time at its end)."""
+    keep: Literal["best", "last"] = "best"
+    """Which checkpoint becomes the result, by validation loss."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class PartySection(Section):
+    """[[party]]: `train` and `test` are JSONL, CSV or Parquet files, local to the party."""
+
+    name: Name
+    public_key: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Ed25519 public key, hex. Generated in a one-machine simulation, required elsewhere."""
+    train: str | None = local(None)
+    test: str | None = local(None)
+
+
+class EnclaveSection(Section):
+    """[enclave]: all local; what the parties accept is in the policy, whose content is shared."""
+
+    attester: Literal["auto", "simulated"] = local("auto")
+    policy: str | None = local(None)
+    """Path of the appraisal policy; its content is hashed into the job."""
+    listen: str = local("127.0.0.1:0")
+    threads: int | None = local(None, ge=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = local("auto")
+    cache_mib: int = local(2048, ge=0)
+    """Memory for decrypted activations; what does not fit is decrypted again each epoch."""
+
+
+class TransportSection(Section):
+    """[transport]"""
+
+    activation_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    chunk_mib: int = Field(1, ge=1, le=3)
+
+
+class EvaluationSection(Section):
+    """[evaluation]"""
+
+    baselines: list[Literal["base", "local", "central"]] = ["base"]
+    max_examples: int | None = Field(None, ge=1)
+    """At most this many test records per party, the first ones of a seeded shuffle."""
+
+
+class ReleaseSection(Section):
+    """[release]: who gets the adapter when training has ended."""
+
+    to: Literal["none"] | list[Name] = "none"
+
+
+class InferenceSection(Section):
+    """[inference]: who may query the tuned model by split inference, and what a query returns."""
+
+    allow: Literal["none", "all"] | list[Name] = "all"
+    returns: Literal["token", "top-k"] = "token"
+    top_k: int = Field(1, ge=1, le=64)
+    quota_tokens: int = Field(100_000, ge=0)
+    """New tokens that one party may have generated over the job's life."""
+
+
+class Job(Section):
+    """A whole job file."""
+
+    job: JobSection
+    model: ModelSection
+    data: DataSection = DataSection()
+    adapter: AdapterSection = AdapterSection()
+    training: TrainingSection
+    party: list[PartySection] = Field(min_length=1)
+    enclave: EnclaveSection = EnclaveSection()
+    transport: TransportSection = TransportSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    release: ReleaseSection = ReleaseSection()
+    inference: InferenceSection = InferenceSection()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Job:
+        names = [p.name for p in self.party]
+        if len(set(names)) != len(names):
+            raise ValueError("party names must differ")
+        keys = [p.public_key for p in self.party if p.public_key]
+        if len(set(keys)) != len(keys):
+            raise ValueError("party public keys must differ")
+        for section, listed in (("release.to", self.release.to), ("inference.allow", self.inference.allow)):
+            unknown = [n for n in listed if n not in names] if isinstance(listed, list) else []
+            if unknown:
+                raise ValueError(f"{section} names {unknown[0]!r}, which is not a party")
+        return self
