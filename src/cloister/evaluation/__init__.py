@@ -1,0 +1,1 @@
+"""Scoring held-out examples, the statistics of scores, and paired comparisons."""
