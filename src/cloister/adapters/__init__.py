@@ -1,0 +1,1 @@
+"""Adapters as PEFT tuners: what of a model is trained."""

@@ -1,0 +1,118 @@
+"""LoRA through PEFT, on chosen layers, with files that are the same bytes for the same adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from cloister.errors import AdapterError
+from cloister.job import AdapterSection
+from cloister.model.cut import Whole
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def add_lora(half: Whole, section: AdapterSection, *, first_layer: int, seed: int) -> PeftModel:
+    """Put trainable LoRA matrices into the layers of `half` from `first_layer` on. Its model is changed in place.
+
+    The matrices depend on the seed and on the layers chosen, not on whether former layers are present.
+
+    Raises:
+        AdapterError: no module matches `target_modules`; the message lists what there is.
+    """
+    layers = half.anatomy.layers(half.model)
+    linear = sorted({n.rpartition(".")[2] for n, m in layers[first_layer:].named_modules() if _is_linear(m)})
+    wanted = linear if section.target_modules == "all-linear" else section.target_modules
+    missing = [name for name in wanted if name not in linear]
+    if missing:
+        raise AdapterError(
+            f"no linear module is called {missing[0]!r}; there are {', '.join(linear)}",
+            where="[adapter] target_modules",
+            hint='choose from these names, or "all-linear"',
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.rank,
+        lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT computes with it as a number, its annotation is int
+        lora_dropout=section.dropout,
+        target_modules=wanted,
+        layers_to_transform=list(range(first_layer, len(layers))),
+        layers_pattern=half.anatomy.layers_name,
+    )
+    torch.manual_seed(seed)
+    adapted = get_peft_model(half.model, config)
+    if not isinstance(adapted, PeftModel):
+        raise TypeError("PEFT returned a mixed model")
+    return adapted
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def adapter_state(adapted: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of its file, on the CPU, in name order."""
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+
+
+def adapter_config(adapted: PeftModel, base_model: str) -> dict[str, Any]:
+    """The adapter's configuration in canonical form: what PEFT keeps in sets is sorted."""
+    config = adapted.peft_config["default"].to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    for key in ("target_modules", "layers_to_transform"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = base_model
+    config["peft_type"], config["task_type"] = "LORA", "CAUSAL_LM"
+    return {k: config[k] for k in sorted(config)}
+
+
+def adapter_files(adapted: PeftModel, base_model: str) -> dict[str, bytes]:
+    """The files of a standard PEFT folder, as bytes: the same adapter gives the same bytes."""
+    config = json.dumps(adapter_config(adapted, base_model), indent=2, sort_keys=True) + "\n"
+    return {CONFIG: config.encode(), WEIGHTS: bytes(safetensors.torch.save(adapter_state(adapted), {"format": "pt"}))}
+
+
+def adapter_sha256(files: dict[str, bytes]) -> str:
+    """SHA-256 over the canonical configuration and the weights, hex. The base model's local path is left out."""
+    config = json.loads(files[CONFIG])
+    config.pop("base_model_name_or_path", None)
+    digest = hashlib.sha256()
+    for part in (json.dumps(config, sort_keys=True, separators=(",", ":")).encode(), files[WEIGHTS]):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def write_adapter(files: dict[str, bytes], folder: Path) -> None:
+    """Write a PEFT folder; existing files are replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        part = folder / f".{name}.part"
+        part.write_bytes(content)
+        part.replace(folder / name)
+
+
+def load_adapter_weights(adapted: PeftModel, state: dict[str, Tensor]) -> None:
+    """Put weights from `adapter_state` back, e.g. those of the best checkpoint.
+
+    Raises:
+        AdapterError: names or shapes differ.
+    """
+    own = adapter_state(adapted)
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state.items()}:
+        raise AdapterError("the saved weights are of another adapter", hint="use the job that made them")
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            prefix, _, leaf = name.rpartition(".")
+            parameters[f"{prefix}.default.{leaf}"].copy_(value)

@@ -1,0 +1,1 @@
+"""Training and scoring of a model, or of its latter half, on packs."""
