@@ -1,0 +1,183 @@
+"""A made-up but plausible five-party run, for tests and for looking at the report by eye."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from datetime import UTC, datetime
+
+from cloister.report.model import (
+    Attestation,
+    Comparison,
+    CrossRow,
+    CurvePoint,
+    Host,
+    Party,
+    ReceiptRef,
+    Records,
+    ResultRow,
+    RunReport,
+    Sample,
+    System,
+    Training,
+    Truncated,
+    Wire,
+)
+
+PARTIES = {"cardiology": 1.0, "dermatology": 1.18, "emergency": 0.86, "neurology": 1.09, "paediatrics": 0.94}
+LEVEL: dict[System, float] = {"base": 1.46, "local": 1.17, "central": 1.081, "cloister": 1.094}
+ACCURACY: dict[System, float] = {"base": 0.11, "local": 0.58, "central": 0.74, "cloister": 0.73}
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def result(system: System, party: str, task: str, scale: float, rng: random.Random) -> ResultRow:
+    rate = LEVEL[system] * scale * rng.uniform(0.985, 1.015)
+    half = (0.011 if party == "all" else 0.028) * rate
+    share = min(0.97, max(0.03, ACCURACY[system] / scale**0.4 * rng.uniform(0.97, 1.03)))
+    wide = 0.021 if party == "all" else 0.055
+    judged = task != "answer"
+    return ResultRow(
+        system=system,
+        party=party,
+        task=task,
+        examples=1500 if party == "all" else 300,
+        bits_per_byte=rate,
+        bits_per_byte_ci=(rate - half, rate + half),
+        accuracy=share if judged else None,
+        accuracy_ci=(max(0.0, share - wide), min(1.0, share + wide)) if judged else None,
+        trained_on=party if system == "local" and party != "all" else None,
+    )
+
+
+def curve(start: float, end: float, steps: int, rng: random.Random) -> list[CurvePoint]:
+    points = []
+    for step in range(0, steps + 1, 4):
+        level = end + (start - end) * math.exp(-5 * step / steps)
+        evaluated = step % 20 == 0
+        points.append(
+            CurvePoint(
+                step=step,
+                tokens=step * 4096,
+                train_loss=level * 1.9 + rng.gauss(0, 0.05),
+                validation_bits_per_byte=level if evaluated else None,
+            )
+        )
+    return points
+
+
+def run_report(*, names: tuple[str, ...] = tuple(PARTIES), hardware: bool = False) -> RunReport:
+    """A run of `names` parties with all baselines."""
+    rng = random.Random(7)  # noqa: S311 - made-up numbers
+    scales = dict(zip(names, (1.0, 1.18, 0.86, 1.09, 0.94, 1.03, 0.97), strict=False))
+    systems: list[System] = ["base", "local", "central", "cloister"]
+    results = [
+        result(system, party, task, scale, rng)
+        for system in systems
+        for party, scale in [*scales.items(), ("all", 1.0)]
+        for task in ("answer", "triage", "all")
+    ]
+    cross = []
+    for trained_on in names:
+        for party in (*(n for n in names if n != trained_on), "others"):
+            rate = 1.34 * scales.get(party, 1.0) * rng.uniform(0.97, 1.06)
+            cross.append(
+                CrossRow(
+                    trained_on=trained_on,
+                    party=party,
+                    task="all",
+                    examples=300,
+                    bits_per_byte=rate,
+                    bits_per_byte_ci=(rate * 0.97, rate * 1.03),
+                    accuracy=0.31,
+                    accuracy_ci=(0.26, 0.37),
+                )
+            )
+    comparisons = [
+        Comparison(
+            a="cloister",
+            b=b,
+            party=party,
+            metric="bits_per_byte",
+            delta=LEVEL["cloister"] - LEVEL[b],
+            ci=(LEVEL["cloister"] - LEVEL[b] - 0.01, LEVEL["cloister"] - LEVEL[b] + 0.01),
+            p=0.0004,
+            p_holm=0.002,
+            examples=300,
+        )
+        for b in systems[:3]
+        for party in (*names, "all")
+    ]
+    curves = {"cloister": curve(1.46, 1.09, 240, rng), "central": curve(1.46, 1.08, 240, rng)}
+    curves |= {f"local:{n}": curve(1.46 * scales[n], 1.17 * scales[n], 120, rng) for n in names}
+    first, second = [*names, names[0]][:2]
+    return RunReport(
+        job_id=sha("job"),
+        job_name="triage-demo",
+        method="split",
+        version="0.1.0",
+        created=datetime(2026, 11, 21, 2, 0, tzinfo=UTC),
+        command="cloister demo --out demo-run",
+        model="tiny-clinic-5m",
+        cut="2 of 6 layers at the parties",
+        attestation=Attestation(
+            type="tdx" if hardware else "simulated",
+            hardware=hardware,
+            confidential=hardware,
+            measurement=sha("measurement"),
+            policy_sha256=sha("policy"),
+        ),
+        parties=[
+            Party(
+                name=name,
+                public_key_fingerprint=sha(name)[:32],
+                records=Records(train=1000 + 37 * i, validation=52, test=300),
+                truncated=Truncated(records=3 * i, tokens=41 * i),
+            )
+            for i, name in enumerate(names)
+        ],
+        results=results,
+        local_cross=cross,
+        comparisons=comparisons,
+        wire=Wire.of({n: (31_400_000 + 900_000 * i, 212_000 + 7_000 * i) for i, n in enumerate(names)}, "bfloat16"),
+        timing={
+            "start and attest": 6.1,
+            "former layers": 7.9,
+            "upload": 2.2,
+            "train cloister": 24.8,
+            "train baselines": 31.5,
+            "score": 13.0,
+            "receipt": 0.4,
+        },
+        training=Training(tokens=983_040, tokens_per_s=39_640.0, steps=240),
+        curves=curves,
+        adapter_sha256=sha("adapter"),
+        receipt=ReceiptRef(path="receipt.json", sha256=sha("receipt")),
+        samples=[
+            Sample(
+                party=first,
+                prompt="Patient, 61, chest tightness for two hours, radiating to the left arm, sweating. Triage?",
+                response="emergency: suspected acute coronary syndrome; call an ambulance and give aspirin.",
+                reference="emergency: suspected acute coronary syndrome; call an ambulance, aspirin.",
+            ),
+            Sample(
+                party=second,
+                prompt="Itching rash on both forearms since gardening on Sunday, no fever. What is it?",
+                response="Contact dermatitis. Wash the skin and use a mild steroid cream.",
+                reference="Contact dermatitis. Wash the skin, use a mild steroid cream, avoid the plant.",
+            ),
+        ],
+        host=Host(
+            platform="Linux-6.1-x86_64",
+            cpus=2,
+            memory_bytes=8 * 2**30,
+            python="3.11.2",
+            torch="2.13.0+cpu",
+            transformers="5.23.0",
+            peft="0.21.0",
+        ),
+        warnings=["12 records were cut to 512 tokens; see the parties' table."],
+    )
