@@ -7,9 +7,10 @@ Reading the TOML text, errors with line numbers, and the canonical bytes live in
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -19,10 +20,18 @@ def local(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"local": True}, **kwargs)
 
 
-class Section(BaseModel):
-    """A table of the job file: frozen, unknown keys refused, no silent type conversion."""
+class MisfitError(ValueError):
+    """Values that are each valid but do not fit together; `path` leads to the one to point at, from the section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class Section(BaseModel):
+    """A table of the job file: frozen, unknown keys, infinities and silent type conversions refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class JobSection(Section):
@@ -43,6 +52,15 @@ class ModelSection(Section):
     """Number of former layers (int), share of all layers (float in (0, 1)), or "auto" (a third)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    @field_validator("cut")
+    @classmethod
+    def _cut_is_inside(cls, cut: int | float | str) -> int | float | str:
+        if isinstance(cut, int) and cut < 1:
+            raise MisfitError(f"must be at least 1 layer, got {cut}")
+        if isinstance(cut, float) and not 0.0 < cut < 1.0:
+            raise MisfitError(f"a share of the layers lies between 0 and 1, got {cut}; write a whole number for layers")
+        return cut
+
 
 class DataSection(Section):
     """[data]: how records become text."""
@@ -54,6 +72,21 @@ class DataSection(Section):
     """Which side of the prompt is dropped when prompt and response exceed `max_tokens`."""
     validation: float = Field(0.05, ge=0.0, lt=0.5)
     """Share of each party's training records kept for choosing the best checkpoint."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_its_places(cls, template: str | None) -> str | None:
+        if template is None:
+            return None
+        for place in ("{prompt}", "{response}"):
+            if template.count(place) != 1:
+                raise MisfitError(f"must hold {place} exactly once, holds it {template.count(place)} times")
+        if template.index("{prompt}") > template.index("{response}"):
+            raise MisfitError("must hold {prompt} before {response}")
+        others = set(re.findall(r"\{\w*\}", template)) - {"{prompt}", "{response}"}
+        if others:
+            raise MisfitError(f"holds {min(others)}, which is neither {{prompt}} nor {{response}}")
+        return template
 
 
 class AdapterSection(Section):
@@ -88,8 +121,10 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+        if self.epochs is None and self.steps is None:
+            raise MisfitError("says neither epochs nor steps: give exactly one of them")
+        if self.epochs is not None and self.steps is not None:
+            raise MisfitError("epochs and steps are both given: give exactly one of them", "steps")
         return self
 
 
@@ -164,14 +199,19 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Job:
-        names = [p.name for p in self.party]
-        if len(set(names)) != len(names):
-            raise ValueError("party names must differ")
-        keys = [p.public_key for p in self.party if p.public_key]
-        if len(set(keys)) != len(keys):
-            raise ValueError("party public keys must differ")
-        for section, listed in (("release.to", self.release.to), ("inference.allow", self.inference.allow)):
-            unknown = [n for n in listed if n not in names] if isinstance(listed, list) else []
-            if unknown:
-                raise ValueError(f"{section} names {unknown[0]!r}, which is not a party")
+        first: dict[tuple[str, str], int] = {}
+        for index, party in enumerate(self.party):
+            for key, value in (("name", party.name), ("public_key", party.public_key)):
+                if value is not None and first.setdefault((key, value), index) != index:
+                    message = f"{value!r} is already the {key} of party {first[key, value] + 1}"
+                    raise MisfitError(message, "party", index, key)
+        return self
+
+    @model_validator(mode="after")
+    def _lists_name_parties(self) -> Job:
+        names = {party.name for party in self.party}
+        for section, key, listed in (("release", "to", self.release.to), ("inference", "allow", self.inference.allow)):
+            for name in listed if isinstance(listed, list) else []:
+                if name not in names:
+                    raise MisfitError(f"names {name!r}, which is not a party of this job", section, key)
         return self
