@@ -30,8 +30,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 CONFIDENCE = 0.95
-RESAMPLES = 4999
-"""The Monte-Carlo error of a 2.5 % quantile at 4999 draws is under 0.25 percentage points of coverage per end."""
+RESAMPLES = 1999
+"""Puts the 2.5 % quantile at 2.5 +- 0.35 %; the smallest p-value is 0.001. More draws cost seconds per report."""
 SEED = 2401_09796
 """Any constant does; a fixed one makes every reader's digits the same."""
 _BATCH_ELEMENTS = 2**20
