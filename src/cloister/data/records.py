@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from cloister.errors import DataError
 
 Message = tuple[str, str]
 """(role, content)"""
+
+MAX_NAME = 1024
+"""Characters of an id or a task; a receiver refuses longer ones."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +71,23 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(_parquet_rows(path), start=1)
         return
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                yield from ((reader.line_num, _csv_row(row)) for row in reader)
-            else:
-                yield from _json_rows(path, file)
+        # Spreadsheets put a byte order mark before the header: "utf-8-sig" takes it away.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file)
     except UnicodeDecodeError as exc:
-        raise DataError(f"is not UTF-8 text ({exc.reason} at byte {exc.start})", where=str(path)) from exc
+        raise _not_utf8(path) from exc
+
+
+def _not_utf8(path: Path) -> DataError:
+    """The error for a file that is not UTF-8; it names the line, which the decoder does not know."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as exc:
+                message = f"is not UTF-8 text ({exc.reason} at byte {exc.start} of the line)"
+                return DataError(message, where=f"{path}:{number}", hint="save the file as UTF-8")
+    return DataError("is not UTF-8 text", where=str(path), hint="save the file as UTF-8")
 
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -83,9 +98,25 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             row = json.loads(line)
         except json.JSONDecodeError as exc:
             raise DataError(f"is not JSON: {exc.msg} at column {exc.colno}", where=f"{path}:{number}") from exc
+        except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
+            raise DataError("is not JSON that can be read", where=f"{path}:{number}") from exc
         if not isinstance(row, dict):
             raise DataError(f"is a JSON {type(row).__name__}, not an object", where=f"{path}:{number}")
         yield number, row
+
+
+def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError("has more cells than the header", where=f"{path}:{reader.line_num}", hint=_QUOTES)
+            yield reader.line_num, _csv_row(row)
+    except csv.Error as exc:
+        raise DataError(f"is not CSV: {exc}", where=f"{path}:{reader.line_num + 1}", hint=_QUOTES) from exc
+
+
+_QUOTES = "a text with commas, quotes or line ends stands in double quotes, and its own quotes are doubled"
 
 
 def _csv_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +126,7 @@ def _csv_row(row: dict[str, Any]) -> dict[str, Any]:
         if key in given:
             try:
                 given[key] = json.loads(given[key])
-            except (json.JSONDecodeError, TypeError):
+            except (ValueError, RecursionError):
                 continue  # the type check below names the field and the line
     return given
 
@@ -108,7 +139,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
-    except pa.ArrowException as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise DataError(f"is not a Parquet file: {exc}".splitlines()[0], where=str(path)) from exc
 
 
@@ -121,11 +152,13 @@ def _record(row: dict[str, Any], layout: str, where: str, line: int) -> Record:
     if choices and not (isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)):
         raise DataError(f"is not the 0-based index of one of the {len(choices)} choices", where=f"{where}: answer")
     question = row.get("question")
-    if question is not None and not isinstance(question, str):
+    if question is not None and not _is_text(question):
         raise DataError("is not text", where=f"{where}: question")
     for key in ("id", "task"):
-        if key in row and not isinstance(row[key], str | int):
+        if key in row and not (isinstance(row[key], str | int) and _is_text(str(row[key]))):
             raise DataError("is not text", where=f"{where}: {key}")
+        if len(str(row.get(key, ""))) > MAX_NAME:
+            raise DataError(f"is longer than {MAX_NAME} characters", where=f"{where}: {key}")
     return Record(
         id=str(row.get("id", f"line-{line}")),
         task=str(row.get("task", "default")),
@@ -155,13 +188,16 @@ def _exchange(row: dict[str, Any], layout: str, where: str) -> tuple[str | tuple
         return _messages(prompt, f"{where}: prompt"), reply[0][1]
     for name, value in (("prompt", prompt), (key, response)):
         if not _is_text(value):
-            fault = "is missing" if value is None else "is empty" if value == "" else "is not text"
+            fault = "is missing" if value is None else "is not text"
+            if isinstance(value, str):
+                fault = "holds half of a surrogate pair" if value.strip() else "is empty"
             raise DataError(fault, where=f"{where}: {name}", hint=f"this record was read as {layout}")
     return str(prompt), str(response)
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Not empty, and made of characters: JSON can spell half of a surrogate pair, which no encoding can write."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 
 def _messages(value: object, where: str) -> tuple[Message, ...]:
