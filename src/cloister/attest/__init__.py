@@ -1,0 +1,1 @@
+"""Remote attestation (RATS, RFC 9334): collect evidence, verify it, appraise it against the relying party's policy."""

@@ -1,0 +1,224 @@
+"""Receiving a bundle: the server's half of an upload that can be cut at any byte and goes on from there.
+
+Nothing is written before the signed header is verified, and never more than it allows. The bytes received so far are
+the file `NAME.part`; its length is the offset at which to resume, after a restart of either side too. A wrong byte
+is found at the end at the latest, and then the part is discarded. The bytes come from an unauthenticated
+connection: an active attacker on the network can force a repetition, never a wrong bundle.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from cloister.crypto.bundle.header import (
+    FRAME_BYTES,
+    MAX_TRAILER_BYTES,
+    BundleHeader,
+    UnverifiedHeader,
+)
+from cloister.crypto.bundle.verify import VerifiedBundle, parse_frame, verify_bundle
+from cloister.crypto.bundle.writer import disk_error, sync_folder, write_all
+from cloister.errors import CapacityError, DataError, ProtocolError, VerificationError
+
+
+class IncomingBundle:
+    """One expected bundle. Safe to call from several connections: bytes are taken only at the current offset."""
+
+    def __init__(self, path: Path | str, *, job_id: str, party: str, public_key: bytes, max_payload_bytes: int) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.bundle: VerifiedBundle | None = None
+        """Set once the whole bundle has arrived and holds."""
+        self._job_id = job_id
+        self._party = party
+        self._public_key = public_key
+        self._max_payload_bytes = max_payload_bytes
+        self._lock = threading.Lock()
+        self._header: BundleHeader | None = None
+        self._prefix = b""
+        self._size = 0
+        self._next_frame = 0
+        self._at_trailer = False
+        self._end: int | None = None
+
+    def begin(self, encoded_header: bytes, signature: bytes) -> int:
+        """Verify the signed header and return the offset in the bundle's file from which to send.
+
+        A part with another header is discarded: that bundle was begun anew by its party.
+
+        Raises: VerificationError if the header is not this party's for this job; CapacityError if it claims more
+            than this server takes; ProtocolError if another bundle is complete already.
+        """
+        unverified = UnverifiedHeader.parse(encoded_header, signature)
+        header = unverified.verify(job_id=self._job_id, party=self._party, public_key=self._public_key)
+        if header.max_payload_bytes > self._max_payload_bytes:
+            raise CapacityError(
+                f"the bundle may hold {header.max_payload_bytes} bytes, this enclave takes {self._max_payload_bytes}",
+                where=self._party,
+            )
+        with self._lock:
+            self._resume_complete(unverified.prefix)
+            if self.bundle is not None:
+                return self.path.stat().st_size
+            if self._prefix != unverified.prefix:
+                self._resume_part(header, unverified.prefix)
+            return self._size
+
+    def feed(self, offset: int, data: bytes) -> bool:
+        """Append bytes that begin at `offset` of the bundle's file; return whether the bundle is complete.
+
+        Raises: ProtocolError for another offset than the current one or bytes after the end; VerificationError if
+            the bundle does not hold (its part is then discarded); CapacityError if the disk is full (what was
+            written stays).
+        """
+        with self._lock:
+            header = self._header
+            if header is None:
+                raise RuntimeError("feed before begin")
+            if self.bundle is not None or offset != self._size:
+                raise ProtocolError(f"bytes for offset {offset} while the next is {self._size}", where=self._party)
+            if self._size + len(data) > header.max_file_bytes:
+                raise ProtocolError("more bytes than the bundle's signed header allows", where=self._party)
+            self._append(data)
+            return self._settle(header)
+
+    @property
+    def offset(self) -> int:
+        """How many bytes of the bundle's file are here."""
+        with self._lock:
+            return self._size
+
+    def _resume_complete(self, prefix: bytes) -> None:
+        """Take up a complete file that is here from before a restart, or refuse another bundle in its place."""
+        if self.bundle is None and self.path.exists():
+            self.bundle = verify_bundle(self.path, job_id=self._job_id, party=self._party, public_key=self._public_key)
+            with self.path.open("rb") as file:
+                self._prefix = file.read(self.bundle.data_offset)
+            self._header, self._size = self.bundle.header, self.path.stat().st_size
+        if self.bundle is not None and self._prefix != prefix:
+            hint = "send the bundle that was sent before; a job takes each bundle once"
+            raise ProtocolError("another bundle is here already, complete", where=self._party, hint=hint)
+
+    def _resume_part(self, header: BundleHeader, prefix: bytes) -> None:
+        try:
+            with self.part.open("rb") as file:
+                same = file.read(len(prefix)) == prefix
+            size = self.part.stat().st_size
+        except FileNotFoundError:
+            same, size = False, 0
+        except OSError as exc:
+            raise DataError(f"cannot read: {exc.strerror}", where=str(self.part)) from exc
+        self._header, self._prefix = header, prefix
+        self._next_frame, self._at_trailer, self._end = len(prefix), False, None
+        if same:
+            self._size = size
+            self._settle(header)
+            return
+        self.part.unlink(missing_ok=True)
+        self._size = 0
+        self._append(prefix)
+
+    def _append(self, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        header = self._header
+        needed = header.max_file_bytes - self._size if header else len(data)
+        try:
+            fd = os.open(self.part, flags, 0o600)
+        except OSError as exc:
+            raise disk_error(exc, self.part, needed) from exc
+        try:
+            write_all(fd, data)
+        except OSError as exc:
+            raise disk_error(exc, self.part, needed) from exc
+        finally:
+            # A write that failed half-way has kept good bytes: the next offset is the file's length.
+            self._size = os.fstat(fd).st_size
+            os.close(fd)
+
+    def _settle(self, header: BundleHeader) -> bool:
+        """Follow the frames as far as they are here; once the end is, verify and publish the file."""
+        try:
+            self._follow_frames(header)
+            if self._end is None or self._size < self._end:
+                return False
+            if self._size > self._end:
+                os.truncate(self.part, self._end)
+                self._size = self._end
+                raise ProtocolError("there are bytes after the bundle's end", where=self._party)
+            self._publish()
+        except VerificationError:
+            self._discard()
+            raise
+        return True
+
+    def _follow_frames(self, header: BundleHeader) -> None:
+        with self.part.open("rb", buffering=0) as file:
+            while self._end is None and self._next_frame + FRAME_BYTES <= self._size:
+                file.seek(self._next_frame)
+                word = file.read(FRAME_BYTES)
+                if self._at_trailer:
+                    length = int.from_bytes(word, "big")
+                    if length > MAX_TRAILER_BYTES:
+                        raise VerificationError("trailer", f"the bundle's trailer claims {length} bytes")
+                    self._end = self._next_frame + FRAME_BYTES + length
+                else:
+                    first = self._next_frame == len(self._prefix)
+                    length, self._at_trailer = parse_frame(word, header, first=first)
+                    self._next_frame += FRAME_BYTES + length
+
+    def _publish(self) -> None:
+        verified = verify_bundle(self.part, job_id=self._job_id, party=self._party, public_key=self._public_key)
+        try:
+            with self.part.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.part.replace(self.path)
+            sync_folder(self.path)
+        except OSError as exc:
+            raise disk_error(exc, self.path, 0) from exc
+        self.bundle = replace(verified, path=self.path)
+
+    def _discard(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self._header, self._prefix = None, b""
+        self._size = self._next_frame = 0
+        self._at_trailer, self._end = False, None
+
+
+class IncomingStore:
+    """The bundles that an enclave expects, one per party and kind, in one folder (`PARTY.KIND.bundle`)."""
+
+    def __init__(
+        self, folder: Path | str, *, job_id: str, public_keys: Mapping[str, bytes], max_payload_bytes: int
+    ) -> None:
+        self.folder = Path(folder)
+        self._job_id = job_id
+        self._public_keys = dict(public_keys)
+        self._max_payload_bytes = max_payload_bytes
+        self._bundles: dict[tuple[str, str], IncomingBundle] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, header: BundleHeader) -> IncomingBundle:
+        """The bundle that an unverified header claims to be; `begin` then verifies it.
+
+        Raises: VerificationError("party") for a party that is not in the job.
+        """
+        return self.expected(header.party, header.kind)
+
+    def expected(self, party: str, kind: str) -> IncomingBundle:
+        """The one object for this party and kind. Raises: VerificationError("party") for a stranger."""
+        if party not in self._public_keys:
+            raise VerificationError("party", "the bundle is of a party that is not in the job", where=party)
+        with self._lock:
+            if (party, kind) not in self._bundles:
+                self._bundles[party, kind] = IncomingBundle(
+                    self.folder / f"{party}.{kind}.bundle",
+                    job_id=self._job_id,
+                    party=party,
+                    public_key=self._public_keys[party],
+                    max_payload_bytes=self._max_payload_bytes,
+                )
+            return self._bundles[party, kind]
