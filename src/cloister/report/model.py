@@ -268,6 +268,8 @@ class RunReport(Versioned):
     """Former and latter layers in words, such as "3 of 8 layers at the parties"."""
     attestation: Attestation
     parties: list[Party]
+    released_to: list[str] = []
+    """Parties that received the adapter; empty: it stayed in the enclave."""
     results: list[ResultRow]
     local_cross: list[CrossRow] = []
     comparisons: list[Comparison] = []

@@ -1,0 +1,186 @@
+"""What the terminal table and the report page have in common: labels, numbers as text, and the cells of the table.
+
+Digits are chosen once, here, so that no two outputs of one run round differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from cloister.report.model import ALL, OTHERS, Comparison, Interval, ResultRow, RunReport, System
+
+Line = Literal["base", "foreign", "local", "central", "cloister"]
+"""A line of the comparison table: the systems, and "foreign", each party's own model on the others' test sets."""
+
+LABELS: dict[Line, str] = {
+    "base": "base model",
+    "foreign": "alone, others' data",
+    "local": "alone, own data",
+    "central": "centralised",
+    "cloister": "cloister",
+}
+NOTES: dict[Line, str] = {
+    "base": "no fine-tuning",
+    "foreign": "a party's own model on a test set that is not its own: mean and range over those models",
+    "local": "a party's own model on its own test set",
+    "central": "all data in one place, all layers: the oracle nobody is allowed to have",
+    "cloister": "this run",
+}
+SIMULATED = "SIMULATED: no hardware protected this run. Whoever operates this machine could read everything."
+NOT_CONFIDENTIAL = "NOT CONFIDENTIAL: the hardware measured this run but hid nothing from the machine's operator."
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A system's pooled scores on one test set, as text; empty strings where there is nothing to say."""
+
+    rate: str
+    rate_interval: str
+    share: str = ""
+    share_interval: str = ""
+    best: bool = False
+    """Lowest bits per byte of its column, the oracle left out."""
+    tied: bool = False
+    """Not distinguishable from cloister on the same examples (Holm-corrected p >= 0.05)."""
+
+
+def party_names(report: RunReport) -> list[str]:
+    """Test sets in the order of the parties, the pool last."""
+    return [*(p.name for p in report.parties), ALL]
+
+
+def pooled(report: RunReport, system: System, party: str = ALL) -> ResultRow | None:
+    """A system's row over all tasks."""
+    rows = (r for r in report.results if (r.system, r.party, r.task) == (system, party, ALL))
+    return next(rows, None)
+
+
+def foreign_rates(report: RunReport, party: str) -> list[float]:
+    """Bits per byte of the other parties' own models on a test set; for the pool, of each model on all others' sets."""
+    wanted = OTHERS if party == ALL else party
+    return [r.bits_per_byte for r in report.local_cross if (r.party, r.task) == (wanted, ALL)]
+
+
+def lines(report: RunReport) -> list[Line]:
+    """The lines of the table that this run has numbers for."""
+    present = {row.system for row in report.results}
+    return [key for key in LABELS if (bool(report.local_cross) if key == "foreign" else key in present)]
+
+
+def table(report: RunReport) -> dict[Line, dict[str, Cell | None]]:
+    """{line: {party or "all": cell}}."""
+    best = {party: _best(report, party) for party in party_names(report)}
+    return {
+        line: {party: _cell(report, line, party, best=best[party] == line) for party in best} for line in lines(report)
+    }
+
+
+def headline(report: RunReport) -> str:
+    """The result in a sentence or two, said no more strongly than the numbers allow."""
+    own = pooled(report, "cloister")
+    if own is None:
+        return "This run has no scores of the trained model."
+    text = f"On all parties' held-out text, cloister needs {rate(own.bits_per_byte)} bits per byte"
+    text += f" (95 % interval {span(own.bits_per_byte_ci)})" if own.bits_per_byte_ci else ""
+    parts = [f"{_against(own, other)} {name}" for name, other in _references(report)]
+    text += f": {' and '.join(parts)}." if parts else "."
+    others = foreign_rates(report, ALL)
+    if others:
+        text += f" A party that trains alone needs {rate(fmean(others))} on the others' text (mean over the parties)."
+    return text
+
+
+def protection(report: RunReport) -> str:
+    """The loud line about what did not protect the run; empty when hardware hid it from the operator."""
+    if not report.attestation.hardware:
+        return SIMULATED
+    return "" if report.attestation.confidential else NOT_CONFIDENTIAL
+
+
+def rate(value: float) -> str:
+    """Bits per byte, three decimals."""
+    return f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage, one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def span(interval: Interval | None) -> str:
+    """An interval of bits per byte."""
+    return f"{interval[0]:.3f}\u2013{interval[1]:.3f}" if interval else "no interval"
+
+
+def percent_span(interval: Interval | None) -> str:
+    """An interval of shares."""
+    return f"{100 * interval[0]:.1f}\u2013{100 * interval[1]:.1f} %" if interval else "no interval"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def seconds(value: float) -> str:
+    """A duration: 0.4 s, 12 s, 3 min 05 s, 2 h 07 min."""
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _cell(report: RunReport, line: Line, party: str, *, best: bool) -> Cell | None:
+    if line == "foreign":
+        rates = foreign_rates(report, party)
+        if not rates:
+            return None
+        return Cell(rate=rate(fmean(rates)), rate_interval=span((min(rates), max(rates))), best=best)
+    row = pooled(report, line, party)
+    if row is None:
+        return None
+    return Cell(
+        rate=rate(row.bits_per_byte),
+        rate_interval=span(row.bits_per_byte_ci),
+        share="" if row.accuracy is None else percent(row.accuracy),
+        share_interval="" if row.accuracy is None else percent_span(row.accuracy_ci),
+        best=best,
+        tied=_tied(report.comparisons, line, party),
+    )
+
+
+def _best(report: RunReport, party: str) -> Line | None:
+    """The line with the lowest bits per byte that a party could really have; the oracle cannot be had."""
+    systems: list[System] = ["base", "local", "cloister"]
+    rates = {s: row.bits_per_byte for s in systems if (row := pooled(report, s, party)) is not None}
+    return min(rates, key=rates.__getitem__) if len(rates) > 1 else None
+
+
+def _tied(comparisons: list[Comparison], line: Line, party: str) -> bool:
+    return any(
+        (c.a, c.b, c.party, c.metric, c.trained_on) == ("cloister", line, party, "bits_per_byte", None)
+        and c.p_holm >= SIGNIFICANT
+        for c in comparisons
+    )
+
+
+def _references(report: RunReport) -> list[tuple[str, ResultRow]]:
+    found = [("the base model", pooled(report, "base")), ("centralised training", pooled(report, "central"))]
+    return [(name, row) for name, row in found if row is not None]
+
+
+def _against(own: ResultRow, other: ResultRow) -> str:
+    change = own.bits_per_byte / other.bits_per_byte - 1
+    return f"{abs(100 * change):.1f} % {'less than' if change < 0 else 'more than'}"
