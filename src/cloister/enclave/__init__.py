@@ -1,0 +1,1 @@
+"""The enclave process: collects sealed bundles, trains the latter layers, scores, releases, answers queries."""

@@ -1,0 +1,370 @@
+"""What the enclave knows and does between its first message and its last, without I/O.
+
+    collecting   parties approve the job and send bundles
+    agreeing     all bundles are here: parties sign the manifest and release their data keys
+    training     the keys are here
+    finished     results, adapter and receipt are ready; queries are answered
+    failed       something of the above could not be done; every party is told what
+
+`handle` answers one request of one authenticated party. It is called from several threads; the training thread
+waits in `wait_for_keys` and hands results to `finish`. No answer to a party depends on another party's data except
+for the metrics that the job declares.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cloister.agreement import (
+    APPROVAL_LABEL,
+    KEYS_LABEL,
+    MANIFEST_LABEL,
+    Manifest,
+    approval_message,
+    keys_message,
+    wrap_info,
+)
+from cloister.agreement.receipt import COUNTERSIGN_LABEL, Receipt, countersign_message
+from cloister.attest.attester import Attester
+from cloister.attest.binding import instance_report_data
+from cloister.attest.claims import Claims
+from cloister.attest.evidence import Evidence
+from cloister.crypto.bundle import IncomingStore, VerifiedBundle
+from cloister.crypto.encoding import Fields
+from cloister.crypto.hpke import HpkeKey
+from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey, verify_signature
+from cloister.errors import CloisterError, ProtocolError, VerificationError
+
+Phase = Literal["collecting", "agreeing", "training", "finished", "failed"]
+MAX_WAIT_S = 20.0
+"""Longest time that one request is held back until there is news."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What training has produced, and who may see it."""
+
+    declared: bytes
+    """Metrics that every party may see, JSON."""
+    private: Mapping[str, Mapping[str, str]]
+    """Per-example scores by owner and system, JSON lines."""
+    adapter: Mapping[str, bytes]
+    """Files of the adapter, for the job's recipients."""
+    receipt: Receipt
+
+
+@dataclass(kw_only=True)
+class _PartyState:
+    public_key: bytes
+    approval: bytes | None = None
+    manifest_signature: bytes | None = None
+    data_keys: dict[str, DataKey] = field(default_factory=dict)
+    left: bool = False
+
+
+class EnclaveCore:
+    """One instance for one job.
+
+    Args:
+        parties: Public keys by name, from the job.
+        kinds: Which bundles each party sends.
+        store: Where bundles arrive.
+        claims: What this enclave's own evidence says, by the job's policy.
+        recipients: Parties that get the adapter.
+        query: Answers split-inference requests: (party, method, body) -> body.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        parties: Mapping[str, bytes],
+        kinds: tuple[str, ...],
+        store: IncomingStore,
+        attester: Attester,
+        claims: Claims,
+        recipients: frozenset[str],
+        query: Callable[[str, str, Fields], dict[str, Any]],
+    ) -> None:
+        self.job_id = job_id
+        self.kinds = kinds
+        self.instance_id = secrets.token_bytes(16)
+        self.signing_key = PartyKey.generate()
+        self.hpke_key = HpkeKey.generate()
+        self.claims = claims
+        self.phase: Phase = "collecting"
+        self.manifest: Manifest | None = None
+        self.outcome: Outcome | None = None
+        self._parties = {name: _PartyState(public_key=key) for name, key in parties.items()}
+        self._store = store
+        self._attester = attester
+        self._recipients = recipients
+        self._query = query
+        self._events: list[dict[str, Any]] = []
+        self._failure: CloisterError | None = None
+        self._news = threading.Condition()
+        self._methods: dict[str, Callable[[str, Fields], dict[str, Any]]] = {
+            "instance": self._instance,
+            "approve": self._approve,
+            "manifest": self._manifest,
+            "keys": self._keys,
+            "watch": self._watch,
+            "result": self._result,
+            "countersign": self._countersign,
+            "receipt": self._receipt,
+            "leave": self._leave,
+        }
+
+    # For parties ----------------------------------------------------------------------------------------------------
+
+    def handle(self, party: str, method: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request of `party`, whom the session has authenticated. The body is unverified.
+
+        Raises:
+            ProtocolError: no such request, or not now.
+            VerificationError: a signature or a wrapped key does not hold.
+        """
+        fields = Fields(body, f"request {method!r} of {party}")
+        if method.startswith("query."):
+            if self.phase != "finished":
+                raise ProtocolError("the model is not trained yet", where=party, hint="wait for the job to finish")
+            return self._query(party, method, fields)
+        if method not in self._methods:
+            raise ProtocolError(f"there is no request {method!r}", where=party)
+        return self._methods[method](party, fields)
+
+    def _instance(self, party: str, fields: Fields) -> dict[str, Any]:
+        nonce = fields.blob("nonce", size=32)
+        fields.end()
+        return {
+            "instance_id": self.instance_id,
+            "signing_key": self.signing_key.public,
+            "hpke_key": self.hpke_key.public,
+            "evidence": self.evidence(nonce).to_bytes(),
+            "kinds": list(self.kinds),
+        }
+
+    def _approve(self, party: str, fields: Fields) -> dict[str, Any]:
+        signature = fields.blob("signature", size=64)
+        fields.end()
+        state = self._parties[party]
+        verify_signature(state.public_key, APPROVAL_LABEL, approval_message(self.job_id), signature, where=party)
+        with self._news:
+            state.approval = signature
+            self._news.notify_all()
+        return {}
+
+    def _manifest(self, party: str, fields: Fields) -> dict[str, Any]:
+        wait_s = self._wait_s(fields)
+        fields.end()
+        with self._news:
+            self._news.wait_for(lambda: self._try_manifest() or self._failure is not None, wait_s)
+            self._raise_failure()
+            if self.manifest is None:
+                return {"manifest": b"", "missing": self._missing()}
+            return {"manifest": self.manifest.to_bytes(), "missing": []}
+
+    def _keys(self, party: str, fields: Fields) -> dict[str, Any]:
+        manifest_signature = fields.blob("manifest_signature", size=64)
+        wrapped = fields.table("wrapped")
+        signature = fields.blob("signature", size=64)
+        fields.end()
+        if self.manifest is None:
+            raise ProtocolError("data keys came before the manifest", where=party)
+        if set(wrapped) != set(self.kinds) or not all(isinstance(w, bytes) for w in wrapped.values()):
+            raise ProtocolError(f"data keys must come for {', '.join(self.kinds)}", where=party)
+        state, digest = self._parties[party], self.manifest.sha256
+        verify_signature(state.public_key, MANIFEST_LABEL, digest, manifest_signature, where=party)
+        message = keys_message(manifest_sha256=digest, instance_id=self.instance_id, wrapped=wrapped)
+        verify_signature(state.public_key, KEYS_LABEL, message, signature, where=party)
+        data_keys = {kind: self._unwrap(party, kind, digest, blob) for kind, blob in wrapped.items()}
+        with self._news:
+            state.manifest_signature, state.data_keys = manifest_signature, data_keys
+            self._news.notify_all()
+        return {}
+
+    def _unwrap(self, party: str, kind: str, manifest_sha256: bytes, wrapped: bytes) -> DataKey:
+        info = wrap_info(manifest_sha256=manifest_sha256, instance_id=self.instance_id, party=party, kind=kind)
+        secret = self.hpke_key.unwrap(wrapped, info)
+        if len(secret) != DATA_KEY_BYTES:
+            raise VerificationError("unwrap", f"the {kind} data key has a wrong length", where=party)
+        return DataKey(secret)
+
+    def _watch(self, party: str, fields: Fields) -> dict[str, Any]:
+        after = fields.integer("after", low=0, high=2**31)
+        wait_s = self._wait_s(fields)
+        fields.end()
+        with self._news:
+            self._news.wait_for(lambda: len(self._events) > after or self.phase in ("finished", "failed"), wait_s)
+            self._raise_failure()
+            return {"phase": self.phase, "events": self._events[after : after + 256]}
+
+    def _result(self, party: str, fields: Fields) -> dict[str, Any]:
+        fields.end()
+        outcome = self._finished(party)
+        adapter = dict(outcome.adapter) if party in self._recipients else {}
+        return {
+            "declared": outcome.declared,
+            "scores": dict(outcome.private.get(party, {})),
+            "adapter": adapter,
+            "receipt": outcome.receipt.to_bytes(),
+        }
+
+    def _countersign(self, party: str, fields: Fields) -> dict[str, Any]:
+        at = fields.integer("time", low=0, high=2**40)
+        signature = fields.blob("signature", size=64)
+        fields.end()
+        outcome = self._finished(party)
+        message = countersign_message(outcome.receipt, at)
+        verify_signature(self._parties[party].public_key, COUNTERSIGN_LABEL, message, signature, where=party)
+        with self._news:
+            outcome.receipt = outcome.receipt.countersigned(party, at, signature)
+            self._news.notify_all()
+        return {}
+
+    def _receipt(self, party: str, fields: Fields) -> dict[str, Any]:
+        """The receipt with everybody's countersignature; after the wait with those that are there."""
+        wait_s = self._wait_s(fields)
+        fields.end()
+        outcome = self._finished(party)
+        with self._news:
+            self._news.wait_for(lambda: len(outcome.receipt.countersignatures) == len(self._parties), wait_s)
+            complete = len(outcome.receipt.countersignatures) == len(self._parties)
+            return {"receipt": outcome.receipt.to_bytes(), "complete": complete}
+
+    def _leave(self, party: str, fields: Fields) -> dict[str, Any]:
+        fields.end()
+        with self._news:
+            self._parties[party].left = True
+            self._news.notify_all()
+        return {}
+
+    @staticmethod
+    def _wait_s(fields: Fields) -> float:
+        return min(MAX_WAIT_S, fields.integer("wait_ms", low=0, high=3_600_000) / 1000)
+
+    # For the training thread ----------------------------------------------------------------------------------------
+
+    def evidence(self, nonce: bytes) -> Evidence:
+        """Fresh evidence that binds this instance's keys to the job and to a verifier's nonce."""
+        return self._attester.collect(
+            instance_report_data(
+                job_id=self.job_id,
+                instance_id=self.instance_id,
+                signing_key=self.signing_key.public,
+                hpke_key=self.hpke_key.public,
+                nonce=nonce,
+            )
+        )
+
+    def bundle_arrived(self) -> None:
+        """Tell waiting parties that the store has changed."""
+        with self._news:
+            self._news.notify_all()
+
+    def wait_for_keys(self, timeout_s: float, on_change: Callable[[list[str]], None]) -> None:
+        """Return when every party's data keys are here; the phase is then "training".
+
+        Raises:
+            ProtocolError: not all parties came in time; names those missing.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._news:
+            while missing := self._missing():
+                on_change(missing)
+                if not self._news.wait(min(1.0, max(0.0, deadline - time.monotonic()))) and time.monotonic() > deadline:
+                    raise ProtocolError(
+                        f"still missing: {', '.join(missing)}", where="enclave", hint="start these parties"
+                    )
+                self._try_manifest()
+            self.phase = "training"
+            self._news.notify_all()
+
+    def sources(self, kind: str) -> dict[str, tuple[VerifiedBundle, DataKey]]:
+        """Every party's bundle of a kind with its key, in the order of the job."""
+        return {name: (self._bundle(name, kind), state.data_keys[kind]) for name, state in self._parties.items()}
+
+    def approvals(self) -> dict[str, bytes]:
+        return {name: state.approval for name, state in self._parties.items() if state.approval is not None}
+
+    def manifest_signatures(self) -> dict[str, bytes]:
+        return {name: state.manifest_signature for name, state in self._parties.items() if state.manifest_signature}
+
+    def announce(self, event: dict[str, Any]) -> None:
+        """Tell all parties something that the job declares (a step's loss, a validation result)."""
+        with self._news:
+            self._events.append(event)
+            self._news.notify_all()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Hand over results; the phase is then "finished"."""
+        with self._news:
+            self.outcome, self.phase = outcome, "finished"
+            self._news.notify_all()
+
+    def fail(self, error: CloisterError) -> None:
+        """Tell every party why the job ended without a result."""
+        with self._news:
+            self._failure, self.phase = error, "failed"
+            self._news.notify_all()
+
+    def wait_until_left(self, timeout_s: float | None) -> bool:
+        """Whether all parties have left within the time."""
+        with self._news:
+            return self._news.wait_for(lambda: all(s.left for s in self._parties.values()), timeout_s)
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def _bundle(self, party: str, kind: str) -> VerifiedBundle:
+        bundle = self._store.expected(party, kind).bundle
+        if bundle is None:
+            raise RuntimeError("asked for a bundle before it is here")
+        return bundle
+
+    def _here(self, party: str, kind: str) -> bool:
+        return self._store.expected(party, kind).bundle is not None
+
+    def _try_manifest(self) -> bool:
+        """Make the manifest once all approvals and bundles are here. Called with the lock held."""
+        if self.manifest is None and not any(s.approval is None for s in self._parties.values()):
+            if not all(self._here(name, kind) for name in self._parties for kind in self.kinds):
+                return False
+            self.manifest = Manifest(
+                job_id=self.job_id,
+                policy_sha256=self.claims.policy_sha256,
+                attester=self.claims.type,
+                registers=self.claims.registers,
+                bundles={
+                    name: {kind: self._bundle(name, kind).commitment for kind in self.kinds} for name in self._parties
+                },
+            )
+            self.phase = "agreeing"
+            self._news.notify_all()
+        return self.manifest is not None
+
+    def _missing(self) -> list[str]:
+        """What the job still waits for, in words: "NAME (what)"."""
+        missing = []
+        for name, state in self._parties.items():
+            if state.approval is None:
+                missing.append(f"{name} (approval)")
+            elif bundles := [kind for kind in self.kinds if not self._here(name, kind)]:
+                missing.append(f"{name} ({', '.join(bundles)} bundle)")
+            elif not state.data_keys:
+                missing.append(f"{name} (data keys)")
+        return missing
+
+    def _finished(self, party: str) -> Outcome:
+        self._raise_failure()
+        if self.outcome is None:
+            raise ProtocolError("the job is not finished", where=party)
+        return self.outcome
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,176 @@
+"""The enclave's work once the data keys are here: train the latter layers, score every party's test set, sign."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from cloister.adapters.lora import adapter_files, adapter_sha256, add_lora
+from cloister.agreement.receipt import make_receipt
+from cloister.crypto.bundle import SealedReader
+from cloister.data.activations import Schema
+from cloister.data.payload import Payload
+from cloister.enclave.core import EnclaveCore, Outcome
+from cloister.enclave.pool import Pool
+from cloister.errors import ProtocolError
+from cloister.evaluation.rows import results_rows
+from cloister.evaluation.scores import Scores, score
+from cloister.jobfile import ResolvedJob
+from cloister.model.anatomy import DTYPES
+from cloister.model.cut import Latter
+from cloister.progress import Progress, Task, task
+from cloister.training.loop import Point, TrainingResult, train
+
+
+def train_and_score(
+    core: EnclaveCore, resolved: ResolvedJob, latter: Latter, *, cache_bytes: int, progress: Progress
+) -> tuple[PeftModel, Outcome]:
+    """Run the job on the bundles of `core`. The trained adapter stays in `latter`.
+
+    Raises:
+        ProtocolError: a bundle's content is malformed; names the party.
+        VerificationError: a chunk of a bundle was altered since it arrived.
+        RunError: training diverged.
+    """
+    started = time.time()
+    clock = _Clock()
+    with ExitStack() as opened:
+        payloads = {
+            kind: {party: _open(opened, core, resolved, latter, party, kind) for party in core.sources(kind)}
+            for kind in core.kinds
+        }
+        adapted, result = _train(core, resolved, latter, payloads, cache_bytes, progress)
+        clock.lap("training")
+        systems = ["base", "cloister"] if "base" in resolved.job.evaluation.baselines else ["cloister"]
+        tokens = len(systems) * sum(sum(p.tokens) for p in payloads["test"].values())
+        with task(progress, "scoring test sets", total=tokens, unit="tokens") as running:
+            scores = {name: _score(latter, adapted, payloads["test"], name, running) for name in systems}
+        clock.lap("scoring")
+    files = adapter_files(adapted, resolved.job.model.revision or resolved.model.folder.name)
+    declared = _declared(scores, result, clock.laps)
+    receipt = make_receipt(
+        {
+            "job_id": core.job_id,
+            "job": resolved.canonical.decode(),
+            "approvals": {name: s.hex() for name, s in core.approvals().items()},
+            "manifest": core.manifest.to_bytes().hex() if core.manifest else "",
+            "manifest_signatures": {name: s.hex() for name, s in core.manifest_signatures().items()},
+            "adapter_sha256": adapter_sha256(files),
+            "metrics": declared["results"],
+            "training": declared["training"],
+            "started": int(started),
+            "ended": int(time.time()),
+        },
+        instance_id=core.instance_id,
+        signing_key=core.signing_key,
+        hpke_key=core.hpke_key.public,
+        evidence=core.evidence,
+    )
+    private = {
+        party: {name: by_party[party].to_json_lines() for name, by_party in scores.items()}
+        for party in payloads["test"]
+    }
+    outcome = Outcome(declared=json.dumps(declared).encode(), private=private, adapter=files, receipt=receipt)
+    return adapted, outcome
+
+
+def _open(
+    opened: ExitStack, core: EnclaveCore, resolved: ResolvedJob, latter: Latter, party: str, kind: str
+) -> Payload:
+    bundle, key = core.sources(kind)[party]
+    job = resolved.job
+    where = f"{kind} bundle of {party}"
+    schema = Schema(
+        activation_dtype=job.transport.activation_dtype,
+        hidden=latter.config.get_text_config().hidden_size,
+        vocabulary=latter.config.get_text_config().vocab_size,
+        max_tokens=job.training.max_tokens,
+    )
+    if dict(bundle.header.schema) != {"activation_dtype": schema.activation_dtype, "hidden": schema.hidden}:
+        raise ProtocolError(f"its header declares {dict(bundle.header.schema)}", where=where)
+    reader = opened.enter_context(SealedReader(bundle, key))
+    return Payload.open(reader.read, bundle.payload_bytes, schema, DTYPES[job.model.dtype], where)
+
+
+def _train(
+    core: EnclaveCore,
+    resolved: ResolvedJob,
+    latter: Latter,
+    payloads: Mapping[str, Mapping[str, Payload]],
+    cache_bytes: int,
+    progress: Progress,
+) -> tuple[PeftModel, TrainingResult]:
+    job = resolved.job
+    adapted = add_lora(latter, job.adapter, first_layer=resolved.cut, seed=job.job.seed)
+    pool = Pool(list(payloads["train"].values()), cache_bytes)
+    validation = payloads.get("validation", {})
+    with task(progress, "training", unit="steps") as running:
+
+        def on_point(point: Point, num_steps: int) -> None:
+            core.announce({**asdict(point), "num_steps": num_steps})
+            running.set(point.step, total=num_steps, note=f"loss {point.train_loss:.3f}")
+
+        def validate() -> float:
+            scores = [score(latter, p, p.examples(), where=party) for party, p in validation.items()]
+            return float(sum(s.bits.sum() for s in scores) / sum(s.response_bytes.sum() for s in scores))
+
+        result = train(
+            latter,
+            adapted,
+            pool,
+            job.training,
+            seed=job.job.seed,
+            validate=validate if validation else None,
+            on_point=on_point,
+        )
+    return adapted, result
+
+
+def _score(
+    latter: Latter, adapted: PeftModel, tests: Mapping[str, Payload], system: str, running: Task
+) -> dict[str, Scores]:
+    with adapted.disable_adapter() if system == "base" else nullcontext():
+        return {
+            party: score(latter, payload, payload.examples(), where=party, on_pack=running.advance)
+            for party, payload in tests.items()
+        }
+
+
+def _declared(
+    scores: Mapping[str, Mapping[str, Scores]], result: TrainingResult, laps: dict[str, float]
+) -> dict[str, Any]:
+    """The metrics that all parties see: aggregates over each party's test set, and the curve of the training."""
+    rows = [row for system, by_party in scores.items() for row in results_rows(system, by_party)]  # type: ignore[arg-type]
+    return {
+        "results": [row.model_dump(mode="json") for row in rows],
+        "training": {
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens / max(laps["training"], 1e-9),
+            "steps": result.steps,
+            "best_step": result.best_step,
+        },
+        "curve": [
+            {"step": p.step, "tokens": p.tokens, "train_loss": p.train_loss}
+            | ({} if p.validation_bits_per_byte is None else {"validation_bits_per_byte": p.validation_bits_per_byte})
+            for p in result.curve
+        ],
+        "timing": laps,
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now

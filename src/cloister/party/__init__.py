@@ -1,0 +1,1 @@
+"""The party process: its own data through the former layers, sealed, sent once; results back."""
