@@ -102,9 +102,13 @@ def parse_line(line: str) -> Event | None:
     if not line.startswith(_MARK):
         return None
     try:
-        return Event(**json.loads(line)["progress"])
-    except (ValueError, TypeError, KeyError):
+        event = Event(**json.loads(line)["progress"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    numbers = (event.done, event.total or 0.0)
+    texts = (event.task, event.unit, event.note)
+    sound = all(isinstance(n, int | float) for n in numbers) and all(isinstance(t, str) for t in texts)
+    return event if sound else None
 
 
 def relay(lines: Iterable[str], progress: Progress, *, who: str, other: Callable[[str], None]) -> None:

@@ -1,0 +1,5 @@
+"""The command line: thin Typer commands over the library. Importing it is cheap, so that `--help` is quick."""
+
+from cloister.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,98 @@
+"""The command tree and its entry point: every way out of a command has its exit code here.
+
+0 ok   1 failed   2 bad usage or job file   3 verification refused   4 peer or network   130 interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import cloister
+from cloister.cli import prepare, roles, runs, use
+from cloister.cli.failure import EXIT_INTERRUPTED, report_crash, report_failure, report_interrupt, report_usage
+from cloister.errors import CapacityError, CloisterError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+app = typer.Typer(
+    name="cloister",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for group in (roles, runs, use, prepare):
+    for command in group.COMMANDS:
+        app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cloister {cloister.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def cloister_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fine-tune one language model on the private data of several organisations.
+
+    Every command takes --json: the result, or {"error": ...}, is then the only thing on stdout.
+
+    \b
+    Examples:
+      cloister demo
+      cloister init job.toml
+      cloister run job.toml --out runs/one
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are reported here and nowhere else."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    try:
+        code = app(given, prog_name="cloister", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except CloisterError as error:
+        return report_failure(error, as_json)
+    except typer.Abort:
+        code = EXIT_INTERRUPTED
+    except typer.TyperException as error:
+        return report_usage(error, as_json)
+    except BrokenPipeError:
+        return _leave_quietly()
+    except MemoryError:
+        return report_failure(
+            CapacityError("memory is exhausted", hint="`cloister plan` says what a role needs"), as_json
+        )
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            return report_crash(error, given, as_json)
+        full = CapacityError("the disk is full", where=str(error.filename or ""), hint="make room and start again")
+        return report_failure(full, as_json)
+    except Exception as error:  # noqa: BLE001  # the one place where anything unforeseen ends
+        return report_crash(error, given, as_json)
+    if code == EXIT_INTERRUPTED:
+        report_interrupt(as_json)
+    return int(code or 0)
+
+
+def _leave_quietly() -> int:
+    """Whoever read our output has gone. Python flushes stdout once more at exit, so it needs a place to go to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -1,0 +1,148 @@
+"""`demo`, `run`, `enclave` and `join`: the commands that start the processes of a job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister.cli.options import (
+    AsJson,
+    EnclaveAddress,
+    InsecureSimulated,
+    JobFile,
+    KeyFile,
+    OutFolder,
+    PartyName,
+    Serve,
+    ShowProgress,
+)
+from cloister.cli.output import emit, note
+from cloister.cli.progress import open_progress
+from cloister.jobfile import load_job
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")] = Path("demo-run"),
+    as_json: AsJson = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Run a whole job on bundled synthetic data.
+
+    One enclave and five parties, each its own process on this machine. Prints the table of results and writes
+    report.html. The enclave is SIMULATED and protects nothing.
+
+    \b
+    Examples:
+      cloister demo
+      cloister demo --out runs/demo --json
+    """
+    from cloister.methods.demo import run_demo  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+    with open_progress(progress) as reporter:
+        report = run_demo(out, command=_command_line(), progress=reporter)
+    emit(report, as_json)
+    _say_where(out, as_json)
+
+
+def run(
+    job: JobFile,
+    out: OutFolder,
+    serve: Serve = False,
+    as_json: AsJson = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Run a job with all its roles on this machine.
+
+    Compares it with the baselines that the job names and writes report.html and report.json. The enclave is
+    SIMULATED and protects nothing. A run that was interrupted continues when started again.
+
+    \b
+    Examples:
+      cloister run job.toml --out runs/one
+      cloister run examples/medical/job.toml --out runs/medical --json
+    """
+    loaded = load_job(job)
+    from cloister.methods.local import run_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+    with open_progress(progress) as reporter:
+        report = run_job(loaded, out, serve=serve, command=_command_line(), progress=reporter)
+    emit(report, as_json)
+    _say_where(out, as_json)
+
+
+def enclave(
+    job: JobFile,
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Address to listen on; port 0 takes a free one.")
+    ],
+    out: OutFolder,
+    insecure_simulated: InsecureSimulated = False,
+    serve: Serve = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Run the enclave of a job.
+
+    Collects the parties' sealed bundles, trains, scores, and releases what the job says.
+
+    \b
+    Examples:
+      cloister enclave job.toml --listen 0.0.0.0:7443 --out runs/one
+      cloister enclave job.toml --listen 127.0.0.1:7443 --out runs/test --insecure-simulated
+    """
+    loaded = load_job(job)
+    loaded.require_public_keys()
+    from cloister.enclave.server import serve_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+    with open_progress(progress) as reporter:
+        serve_job(loaded, out, listen=listen, insecure_simulated=insecure_simulated, serve=serve, progress=reporter)
+
+
+def join(
+    job: JobFile,
+    party: PartyName,
+    enclave: EnclaveAddress,
+    key: KeyFile,
+    out: OutFolder,
+    insecure_simulated: InsecureSimulated = False,
+    as_json: AsJson = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Take part in a job as one party.
+
+    Verifies the enclave, seals the data for it, sends them and collects the results. Continues after an
+    interruption.
+
+    \b
+    Examples:
+      cloister join job.toml --party north --enclave enclave.example.org:7443 --key north.key --out runs/north
+    """
+    loaded = load_job(job)
+    loaded.require_public_keys()
+    loaded.party(party)
+    from cloister.crypto.keys import PartyKey
+
+    signing = PartyKey.load(key)
+    from cloister.party.client import join_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+    with open_progress(progress) as reporter:
+        report = join_job(
+            loaded, party, signing, out, enclave=enclave, insecure_simulated=insecure_simulated, progress=reporter
+        )
+    emit(report, as_json)
+
+
+COMMANDS = (demo, run, enclave, join)
+
+
+def _command_line() -> str:
+    """The command as typed, for the report."""
+    return shlex.join(["cloister", *sys.argv[1:]])
+
+
+def _say_where(out: Path, as_json: bool) -> None:
+    if not as_json:
+        note(f"report: {out / 'report.html'}")

@@ -1,0 +1,183 @@
+"""Results as tables for people. Every accuracy and every loss is shown with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import singledispatch
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cloister.report.model import (
+    ALL,
+    Attestation,
+    CompareReport,
+    Comparison,
+    DoctorReport,
+    EvaluateReport,
+    ExportReport,
+    GenerateReport,
+    Output,
+    PlanReport,
+    RunReport,
+    Scored,
+    VerifyReport,
+)
+
+_STATUS = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "yellow"}
+
+
+@singledispatch
+def render(output: Output) -> RenderableType:
+    """A result as something that rich can print."""
+    return Text(output.to_json().rstrip("\n"))
+
+
+@render.register
+def _(output: RunReport) -> RenderableType:
+    title = f"{output.job_name}: bits per byte and accuracy on held-out data, 95 % intervals"
+    table = _scores_table(title, [(row.system, row) for row in output.results])
+    lines = [
+        f"job {output.job_id}",
+        f"wire {size(output.wire.total.bytes_up)} up, {size(output.wire.total.bytes_down)} down"
+        f" ({output.wire.activation_dtype}); training {output.training.tokens_per_s:,.0f} tokens/s;"
+        f" {sum(output.timing.values()):.1f} s in all",
+    ]
+    return Group(table, *_banner(output.attestation), *map(Text, lines), *_warnings(output.warnings))
+
+
+@render.register
+def _(output: EvaluateReport) -> RenderableType:
+    table = _scores_table(output.source, [(output.system, row) for row in output.results])
+    return Group(table, *_warnings(output.warnings))
+
+
+@render.register
+def _(output: CompareReport) -> RenderableType:
+    title = f"A = {output.a.path} ({output.a.system}), B = {output.b.path} ({output.b.system}); delta is A - B"
+    table = _table(title, ["party", "metric", "delta", "95 % interval", "p", "p (Holm)", "examples"], right=2)
+    for row in output.comparisons:
+        table.add_row(*_compared(row), style="bold" if row.party == ALL else "")
+    return Group(table, *_warnings(output.warnings))
+
+
+@render.register
+def _(output: PlanReport) -> RenderableType:
+    head = (
+        f"{output.job_name}: {output.architecture}, {output.parameters:,} parameters, {output.trainable_parameters:,}"
+        f" of them trained; {output.former_layers} of {output.layers} layers at the parties;"
+        f" {output.steps:,} steps of {output.tokens_per_step:,} tokens"
+    )
+    data = _table("records", ["party", "train", "validation", "test", "truncated"], right=1)
+    for party in output.parties:
+        counts = (party.records.train, party.records.validation, party.records.test, party.truncated.records)
+        data.add_row(party.name, *(f"{count:,}" for count in counts))
+    roles = _table("needs", ["role", "name", "memory", "disk", "up", "down", "time"], right=2)
+    for role in output.roles:
+        amounts = (role.memory_bytes, role.disk_bytes, role.bytes_up, role.bytes_down)
+        roles.add_row(role.role, role.name, *map(size, amounts), duration(role.seconds))
+    times = Text(", ".join(f"{phase} {duration(seconds)}" for phase, seconds in output.timing.items()))
+    return Group(Text(head), data, roles, times, *_warnings(output.warnings))
+
+
+@render.register
+def _(output: DoctorReport) -> RenderableType:
+    table = _table("", ["check", "", "found"])
+    for check in output.checks:
+        found = Text(check.found)
+        if check.hint:
+            found.append(f"\n{check.hint}", style="dim")
+        table.add_row(check.name, Text(check.status, style=_STATUS[check.status]), found)
+    return table
+
+
+@render.register
+def _(output: VerifyReport) -> RenderableType:
+    table = _table(output.path, ["check", "", "detail"])
+    for check in output.checks:
+        table.add_row(check.name, Text(check.status, style=_STATUS[check.status]), Text(check.detail))
+    verdict = Text(output.verdict, style="bold green" if output.verdict == "verified" else "bold yellow")
+    signers = Text(f"job {output.job_id}, signed by {', '.join(output.signers) or 'nobody'}")
+    return Group(table, *_banner(output.attestation), signers, verdict, *_warnings(output.warnings))
+
+
+@render.register
+def _(output: GenerateReport) -> RenderableType:
+    parts: list[RenderableType] = []
+    for answer in output.answers:
+        parts.append(Text(answer.response))
+        parts.append(Text(f"({answer.tokens} tokens, {answer.seconds:.1f} s, ended by {answer.finish})", style="dim"))
+    return Group(*parts, *_banner(output.attestation), *_warnings(output.warnings))
+
+
+@render.register
+def _(output: ExportReport) -> RenderableType:
+    table = _table(f"{output.kind} written to {output.path}", ["file", "size", "sha256"])
+    for file in output.files:
+        table.add_row(file.path, size(file.bytes), file.sha256)
+    return Group(table, *_warnings(output.warnings))
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least one whole one."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words, as coarse as an estimate deserves."""
+    if seconds is None:
+        return "?"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(title: str, columns: Sequence[str], *, right: int | None = None) -> Table:
+    """A plain table; columns from number `right` on hold numbers."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        is_number = right is not None and number >= right
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    return table
+
+
+def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
+    columns = ["party", "task", "system", "examples", "bits/byte", "interval", "accuracy", "interval"]
+    table = _table(title, columns, right=3)
+    before = ""
+    for system, row in sorted(rows, key=lambda pair: (pair[1].party == ALL, pair[1].party, pair[1].task)):
+        if before not in ("", row.party):
+            table.add_section()
+        before = row.party
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.3f}"
+        loss = (f"{row.bits_per_byte:.4f}", _interval(row.bits_per_byte_ci, 4))
+        cells = (row.party, row.task, system, f"{row.examples:,}", *loss, accuracy, _interval(row.accuracy_ci, 3))
+        table.add_row(*cells, style="bold" if system == "cloister" else "")
+    return table
+
+
+def _compared(row: Comparison) -> tuple[str, ...]:
+    p_values = (f"{row.p:.4f}", f"{row.p_holm:.4f}")
+    return row.party, row.metric, f"{row.delta:+.4f}", _interval(row.ci, 4), *p_values, f"{row.examples:,}"
+
+
+def _interval(interval: tuple[float, float] | None, digits: int) -> str:
+    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def _banner(attestation: Attestation) -> list[Text]:
+    if attestation.hardware and attestation.confidential:
+        return [Text(f"attested by {attestation.type}, measurement {attestation.measurement}")]
+    kind = attestation.type.upper()
+    return [
+        Text(f" {kind} ENCLAVE: NOTHING WAS PROTECTED FROM THE OPERATOR OF THIS MACHINE ", style="bold white on red")
+    ]
+
+
+def _warnings(warnings: Iterable[str]) -> list[Text]:
+    return [Text(f"warning: {warning}", style="yellow") for warning in warnings]

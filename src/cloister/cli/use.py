@@ -1,0 +1,127 @@
+"""`export` and `generate`: the commands that use a tuned model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister.cli.options import AsJson, InsecureSimulated, PartyName, RunFolder, ShowProgress, finished_run
+from cloister.cli.output import emit
+from cloister.cli.progress import open_progress
+from cloister.errors import UsageError
+from cloister.jobfile import load_job
+from cloister.report.model import GenerateReport
+
+
+def export(
+    run: RunFolder,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER", help="Folder to write; must be new or empty.", show_default=False)
+    ],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the adapter, or the merged model.
+
+    The adapter becomes a PEFT folder; merged into the base, the whole model becomes a Hugging Face folder. The
+    job's [release] must name somebody: an adapter that never left the enclave cannot be exported.
+
+    \b
+    Examples:
+      cloister export runs/one --to adapter
+      cloister export runs/one --to tuned-model --merge
+    """
+    folder = finished_run(run)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(
+            "the target is not an empty folder", where=str(to), hint="name a new one; nothing is overwritten"
+        )
+    from cloister.methods.export import export_run  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+    emit(export_run(folder, to, merge=merge), as_json)
+
+
+def generate(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOB.toml|DIR",
+            help="The job file, with --enclave and --key; or a run folder of this machine.",
+            show_default=False,
+        ),
+    ],
+    party: PartyName,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="May be repeated. Without it, stdin is one prompt."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 128,
+    enclave: Annotated[
+        str | None, typer.Option("--enclave", metavar="HOST:PORT", help="Address of the enclave.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="The party's private key.")] = None,
+    insecure_simulated: InsecureSimulated = False,
+    as_json: AsJson = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Answer prompts with the tuned model.
+
+    Former layers run here, latter layers in the enclave: the tuned model stays where it was trained.
+
+    \b
+    Examples:
+      cloister generate job.toml --party north --enclave enclave.example.org:7443 --key north.key < prompt.txt
+      cloister generate runs/one --party north --prompt "Question: ..."
+    """
+    if target.is_dir() and (enclave or key):
+        raise UsageError(
+            "--enclave and --key go with a job file, not with a run folder",
+            where=str(target),
+            hint="give JOB.toml to ask an enclave on another machine; leave the options out for a run of this machine",
+        )
+    if not target.is_dir() and not (enclave and key):
+        raise UsageError(
+            "a job file needs --enclave and --key",
+            where=str(target),
+            hint="or give the folder of a run of this machine",
+        )
+    prompts = prompt or [_read_prompt()]
+    with open_progress(progress) as reporter:
+        report: GenerateReport
+        if target.is_dir():
+            from cloister.methods.generate import generate_local  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+            report = generate_local(target, party, prompts, max_new_tokens=max_new_tokens, progress=reporter)
+        else:
+            from cloister.crypto.keys import PartyKey
+            from cloister.party.generate import generate_remote  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+
+            loaded = load_job(target)
+            loaded.require_public_keys()
+            loaded.party(party)
+            report = generate_remote(
+                loaded,
+                party,
+                PartyKey.load(str(key)),
+                prompts,
+                enclave=enclave,
+                max_new_tokens=max_new_tokens,
+                insecure_simulated=insecure_simulated,
+                progress=reporter,
+            )
+    emit(report, as_json)
+
+
+COMMANDS = (export, generate)
+
+
+def _read_prompt() -> str:
+    text = sys.stdin.read().rstrip("\n")
+    if not text:
+        raise UsageError("there is no prompt", hint="give --prompt TEXT or write it to stdin")
+    return text
