@@ -13,7 +13,6 @@ from rich.console import Console
 from cloister.cli.progress import open_progress
 from cloister.progress import Event, JsonLines, Silent, parse_line, relay, task
 
-
 BROKEN = [f'{{"progress":{event}}}\n' for event in ("3", '{"x":1}', '{"task":3}', '{"task":"t","done":"1"}')]
 
 
