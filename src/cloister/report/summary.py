@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from cloister.report.model import ALL, OTHERS, Comparison, Interval, ResultRow, RunReport, System
+from cloister.report.model import ALL, OTHERS, Comparison, Interval, Metric, ResultRow, RunReport, System
 
 Line = Literal["base", "foreign", "local", "central", "cloister"]
 """A line of the comparison table: the systems, and "foreign", each party's own model on the others' test sets."""
@@ -58,10 +58,12 @@ def pooled(report: RunReport, system: System, party: str = ALL) -> ResultRow | N
     return next(rows, None)
 
 
-def foreign_rates(report: RunReport, party: str) -> list[float]:
-    """Bits per byte of the other parties' own models on a test set; for the pool, of each model on all others' sets."""
+def foreign(report: RunReport, party: str, metric: Metric = "bits_per_byte") -> list[float]:
+    """Scores of the other parties' own models on a test set; for the pool, of each model on all others' sets."""
     wanted = OTHERS if party == ALL else party
-    return [r.bits_per_byte for r in report.local_cross if (r.party, r.task) == (wanted, ALL)]
+    rows = [r for r in report.local_cross if (r.party, r.task) == (wanted, ALL)]
+    values = [r.bits_per_byte if metric == "bits_per_byte" else r.accuracy for r in rows]
+    return [v for v in values if v is not None]
 
 
 def lines(report: RunReport) -> list[Line]:
@@ -87,7 +89,7 @@ def headline(report: RunReport) -> str:
     text += f" (95 % interval {span(own.bits_per_byte_ci)})" if own.bits_per_byte_ci else ""
     parts = [f"{_against(own, other)} {name}" for name, other in _references(report)]
     text += f": {' and '.join(parts)}." if parts else "."
-    others = foreign_rates(report, ALL)
+    others = foreign(report, ALL)
     if others:
         text += f" A party that trains alone needs {rate(fmean(others))} on the others' text (mean over the parties)."
     return text
@@ -144,10 +146,7 @@ def seconds(value: float) -> str:
 
 def _cell(report: RunReport, line: Line, party: str, *, best: bool) -> Cell | None:
     if line == "foreign":
-        rates = foreign_rates(report, party)
-        if not rates:
-            return None
-        return Cell(rate=rate(fmean(rates)), rate_interval=span((min(rates), max(rates))), best=best)
+        return _foreign_cell(foreign(report, party), foreign(report, party, "accuracy"))
     row = pooled(report, line, party)
     if row is None:
         return None
@@ -161,11 +160,25 @@ def _cell(report: RunReport, line: Line, party: str, *, best: bool) -> Cell | No
     )
 
 
+def _foreign_cell(rates: list[float], shares: list[float]) -> Cell | None:
+    if not rates:
+        return None
+    return Cell(
+        rate=rate(fmean(rates)),
+        rate_interval=span((min(rates), max(rates))),
+        share=percent(fmean(shares)) if shares else "",
+        share_interval=percent_span((min(shares), max(shares))) if shares else "",
+    )
+
+
 def _best(report: RunReport, party: str) -> Line | None:
     """The line with the lowest bits per byte that a party could really have; the oracle cannot be had."""
     systems: list[System] = ["base", "local", "cloister"]
     rates = {s: row.bits_per_byte for s in systems if (row := pooled(report, s, party)) is not None}
-    return min(rates, key=rates.__getitem__) if len(rates) > 1 else None
+    if len(rates) < 2:
+        return None
+    best: System = min(rates, key=rates.__getitem__)
+    return best
 
 
 def _tied(comparisons: list[Comparison], line: Line, party: str) -> bool:
