@@ -145,14 +145,16 @@ class IncomingBundle:
             self._follow_frames(header)
             if self._end is None or self._size < self._end:
                 return False
-            if self._size > self._end:
+            excess = self._size - self._end
+            if excess:
                 os.truncate(self.part, self._end)
                 self._size = self._end
-                raise ProtocolError("there are bytes after the bundle's end", where=self._party)
             self._publish()
         except VerificationError:
             self._discard()
             raise
+        if excess:  # the bundle is here and holds; what came behind it is gone
+            raise ProtocolError("there are bytes after the bundle's end", where=self._party)
         return True
 
     def _follow_frames(self, header: BundleHeader) -> None:
