@@ -40,7 +40,9 @@ def encode_pack(pack: Pack, dtype: str) -> bytes:
     Raises:
         ModelError: an activation is not finite.
     """
-    if not bool(torch.isfinite(pack.given).all()):
+    activation = pack.given.float() if dtype == "int8" else pack.given.to(_WIRE[dtype])
+    # Checked as they travel: the largest fp32 numbers are infinite in bf16.
+    if not bool(torch.isfinite(activation).all()):
         raise ModelError(
             "the former layers gave activations that are not finite",
             where="activations at the cut",
@@ -48,9 +50,9 @@ def encode_pack(pack: Pack, dtype: str) -> bytes:
         )
     tensors = {n: getattr(pack.layout if n in LAYOUT else pack, n).to(torch.int32) for n in _INTEGERS}
     if dtype == "int8":
-        tensors["activation"], tensors["scale"] = _quantise(pack.given.float())
+        tensors["activation"], tensors["scale"] = _quantise(activation)
     else:
-        tensors["activation"] = pack.given.to(_WIRE[dtype])
+        tensors["activation"] = activation
     return bytes(safetensors.torch.save(tensors))
 
 
@@ -69,6 +71,7 @@ def decode_pack(blob: bytes, schema: Schema, dtype: torch.dtype, where: str) -> 
     expected = {*_INTEGERS, "activation"} | ({"scale"} if schema.activation_dtype == "int8" else set())
     _require(set(tensors) == expected, f"a pack holds {sorted(tensors)}, not {sorted(expected)}", where)
     activation_TD = _activation(tensors, schema, where).to(dtype)
+    _require(bool(torch.isfinite(activation_TD).all()), "activations are not finite", where)
     integers = {n: _integers(tensors[n], n, where) for n in _INTEGERS}
     count_T, count_N, count_G = len(activation_TD), len(integers["target_pos_N"]), len(integers["group_role_G"])
     for name, value in integers.items():
@@ -102,7 +105,6 @@ def _activation(tensors: dict[str, Tensor], schema: Schema, where: str) -> Tenso
         blocks = -(-schema.hidden // BLOCK)
         _require(scale.dtype == torch.bfloat16 and scale.shape == (len(activation), blocks), "scales do not fit", where)
         activation = _dequantise(activation, scale)
-    _require(bool(torch.isfinite(activation).all()), "activations are not finite", where)
     return activation
 
 

@@ -51,6 +51,9 @@ def pack_documents(documents: Sequence[Document], max_tokens: int, seed: int) ->
 
     A pack never mixes documents by length: order is random, so that no pack is all long or all short documents.
     """
+    longest = max(map(len, documents), default=0)
+    if longest > max_tokens:
+        raise ValueError(f"a document of {longest} tokens does not fit a pack of {max_tokens}")
     order = np.random.default_rng(seed).permutation(len(documents))
     rooms: list[tuple[int, int]] = []  # (tokens left, pack), sorted
     packs: list[list[Document]] = []

@@ -19,8 +19,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from cloister.data.activations import Schema, decode_pack, encode_pack
+from cloister.data.activations import BLOCK, Schema, decode_pack, encode_pack
 from cloister.data.packing import Pack
+from cloister.data.records import MAX_NAME
 from cloister.data.tokens import Example
 from cloister.errors import ProtocolError
 
@@ -49,11 +50,14 @@ def write_payload(
 
 def max_payload_bytes(packs: Sequence[Pack], examples: Sequence[Example], hidden: int, activation_dtype: str) -> int:
     """An upper bound of what `write_payload` writes, known before any activation is computed."""
-    per_value = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 2 / 64}[activation_dtype]
+    per_token = {"float32": 4 * hidden, "bfloat16": 2 * hidden, "int8": hidden + 2 * -(-hidden // BLOCK)}[
+        activation_dtype
+    ]
     table = len(json.dumps([asdict(e) for e in examples], separators=(",", ":")).encode())
     integers = sum(12 * len(p) + 12 * len(p.target_pos_N) + 8 * len(p.group_role_G) for p in packs)
-    values = sum(len(p) * (hidden + 64) * per_value for p in packs)
-    return int(table + integers + values + 2048 * (len(packs) + 1) + 24 * (len(packs) + 1))
+    values = sum(len(p) * per_token for p in packs)
+    # A safetensors header of ten names, shapes and places takes less than 1 KiB.
+    return table + integers + values + (1024 + 24) * (len(packs) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +134,8 @@ class Payload:
 def _check(example: Example, where: str) -> None:
     numbers = (example.response_bytes, example.response_role, example.answer, *example.choice_bytes)
     sound = (
-        isinstance(example.id, str)
-        and isinstance(example.task, str)
-        and len(example.id) <= 1024
-        and len(example.task) <= 1024
+        _is_name(example.id)
+        and _is_name(example.task)
         and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
         and 0 < example.response_bytes < 2**31
         and all(0 < n < 2**31 for n in example.choice_bytes)
@@ -141,4 +143,10 @@ def _check(example: Example, where: str) -> None:
         and -1 <= example.response_role < max(len(example.choice_bytes), 0)
     )
     if not sound:
-        raise ProtocolError(f"the entry of example {str(example.id)[:80]!r} is malformed", where=where)
+        name = ascii(example.id)[:80] if isinstance(example.id, str) else "without a name"
+        raise ProtocolError(f"the entry of example {name} is malformed", where=where)
+
+
+def _is_name(value: object) -> bool:
+    """Text that can be written as UTF-8, not too long."""
+    return isinstance(value, str) and len(value) <= MAX_NAME and not any("\ud800" <= c <= "\udfff" for c in value)
