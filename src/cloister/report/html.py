@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cloister.report import charts, knowledge, summary
-from cloister.report.model import ALL, CrossRow, ResultRow, RunReport
+from cloister.report.model import ALL, OTHERS, Comparison, CrossRow, Metric, ResultRow, RunReport
+from cloister.report.summary import Line
 
 _FOLDER = Path(__file__).parent
 
@@ -41,6 +42,8 @@ def render_html(report: RunReport) -> str:
         "percent_span": summary.percent_span,
         "size": summary.size,
         "seconds": summary.seconds,
+        "change": summary.change,
+        "p_value": summary.p_value,
     }
     return environment.get_template("report.html.j2").render(_context(report))
 
@@ -54,9 +57,11 @@ def _context(report: RunReport) -> dict[str, Any]:  # Any: what a template may h
         "headline": summary.headline(report),
         "own": summary.pooled(report, "cloister"),
         "table": summary.table(report),
+        "ties": summary.has_ties(report),
         "parties": summary.party_names(report),
         "labels": summary.LABELS,
         "notes": summary.NOTES,
+        "measures": summary.MEASURES,
         "legend_mark": charts.legend_mark,
         "rate_chart": charts.intervals(report, "bits_per_byte"),
         "accuracy_chart": charts.intervals(report, "accuracy"),
@@ -68,7 +73,8 @@ def _context(report: RunReport) -> dict[str, Any]:  # Any: what a template may h
         "up_bars": charts.bars({w.party: w.bytes_up for w in report.wire.parties}, _size, "Bytes sent, by party"),
         "time_bars": charts.bars(report.timing, summary.seconds, "Seconds, by phase") if report.timing else None,
         "total_seconds": sum(report.timing.values()),
-        "compared": [c for c in report.comparisons if c.party in (ALL, "others")],
+        "compared": _compared(report),
+        "compared_metrics": [m for m in summary.MEASURES if any(c.metric == m for c in report.comparisons)],
     }
 
 
@@ -83,6 +89,18 @@ def _curves(report: RunReport) -> list[tuple[str, Markup]]:
         ("Training, nats per response token", charts.curves(joint, lambda p: p.train_loss, "Training loss")),
     ]
     return [(title, chart) for title, chart in drawn if chart is not None]
+
+
+def _compared(report: RunReport) -> list[tuple[Line, str, dict[Metric, Comparison]]]:
+    """(line, name, {metric: comparison}) of cloister against each other system, pooled."""
+    found: dict[tuple[Line, str], dict[Metric, Comparison]] = {}
+    for row in report.comparisons:
+        if row.a == "cloister" and row.party == OTHERS:
+            found.setdefault(("foreign", f"{row.trained_on} alone, others' data"), {})[row.metric] = row
+        elif row.a == "cloister" and row.party == ALL:
+            line = next(line for line in summary.LABELS if line == row.b)
+            found.setdefault((line, summary.LABELS[line]), {})[row.metric] = row
+    return [(line, name, rows) for (line, name), rows in found.items()]
 
 
 def _size(count: float) -> str:

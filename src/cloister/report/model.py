@@ -107,8 +107,10 @@ class Records(Part):
 class Truncated(Part):
     """What `max_tokens` cut off."""
 
-    records: Count
-    tokens: Count
+    prompts: Count
+    """Texts whose prompt lost tokens."""
+    responses: Count
+    """Texts whose response lost tokens."""
 
 
 class Party(Part):
@@ -117,7 +119,7 @@ class Party(Part):
     name: str
     public_key_fingerprint: str
     records: Records
-    truncated: Truncated = Truncated(records=0, tokens=0)
+    truncated: Truncated = Truncated(prompts=0, responses=0)
 
 
 class Scored(Part):
@@ -289,6 +291,38 @@ class RunReport(Versioned):
 # --- the other commands -----------------------------------------------------------------------------------------------
 
 
+class JoinReport(Versioned):
+    """`cloister join`: what one party got and sent."""
+
+    job_id: Sha256
+    party: str
+    attestation: Attestation
+    records: Records
+    truncated: Truncated
+    results: list[ResultRow]
+    """The metrics that the job declares to all parties."""
+    wire: WireBytes
+    timing: dict[str, Seconds]
+    adapter_sha256: Sha256
+    released: bool
+    """The adapter was released to this party."""
+    receipt: ReceiptRef
+    warnings: list[str] = []
+
+
+class EnclaveReport(Versioned):
+    """`cloister enclave`, when it ends: what its operator may know."""
+
+    job_id: Sha256
+    address: str
+    attestation: Attestation
+    parties: list[str]
+    training: Training
+    timing: dict[str, Seconds]
+    adapter_sha256: Sha256
+    receipt_sha256: Sha256
+
+
 class EvaluateReport(Versioned):
     """`cloister evaluate`: one system's scores on some test sets."""
 
@@ -452,6 +486,7 @@ class ErrorReport(Output):
 
 OUTPUTS: dict[str, type[Output]] = {
     "run": RunReport,
+    "join": JoinReport,
     "evaluate": EvaluateReport,
     "compare": CompareReport,
     "plan": PlanReport,

@@ -28,6 +28,7 @@ NOTES: dict[Line, str] = {
     "central": "all data in one place, all layers: the oracle nobody is allowed to have",
     "cloister": "this run",
 }
+MEASURES: dict[Metric, str] = {"bits_per_byte": "bits per byte", "accuracy": "accuracy, points"}
 SIMULATED = "SIMULATED: no hardware protected this run. Whoever operates this machine could read everything."
 NOT_CONFIDENTIAL = "NOT CONFIDENTIAL: the hardware measured this run but hid nothing from the machine's operator."
 SIGNIFICANT = 0.05
@@ -80,6 +81,11 @@ def table(report: RunReport) -> dict[Line, dict[str, Cell | None]]:
     }
 
 
+def has_ties(report: RunReport) -> bool:
+    """Some cell carries the mark of a tie, so the mark must be explained."""
+    return any(cell is not None and cell.tied for row in table(report).values() for cell in row.values())
+
+
 def headline(report: RunReport) -> str:
     """The result in a sentence or two, said no more strongly than the numbers allow."""
     own = pooled(report, "cloister")
@@ -120,6 +126,17 @@ def span(interval: Interval | None) -> str:
 def percent_span(interval: Interval | None) -> str:
     """An interval of shares."""
     return f"{100 * interval[0]:.1f}\u2013{100 * interval[1]:.1f} %" if interval else "no interval"
+
+
+def change(value: float, metric: Metric) -> str:
+    """A signed difference: of bits per byte with four decimals, of accuracy in percentage points."""
+    text = f"{value:+.4f}" if metric == "bits_per_byte" else f"{100 * value:+.1f}"
+    return text.replace("-", "\u2212")
+
+
+def p_value(p: float) -> str:
+    """Three decimals; the resamples cannot tell smaller ones apart."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def size(count: int) -> str:

@@ -11,12 +11,16 @@ from rich.text import Text
 from cloister.report.model import ALL, CompareReport, Comparison, RunReport, Scored
 from cloister.report.summary import (
     LABELS,
+    MEASURES,
     NOTES,
     SIGNIFICANT,
     Cell,
     Line,
+    change,
+    has_ties,
     headline,
     lines,
+    p_value,
     party_names,
     percent,
     percent_span,
@@ -127,7 +131,7 @@ def _cell_text(cell: Cell | None, *, beside: bool) -> Text:
 
 def _legend(report: RunReport) -> Text:
     text = "95 % intervals: bootstrap over examples, Wilson for accuracy. * lowest of its column, centralised left out."
-    if any(cell and cell.tied for row in table(report).values() for cell in row.values()):
+    if has_ties(report):
         text += " \u2248 not distinguishable from cloister (paired, Holm)."
     noted = [line for line in lines(report) if line in ("foreign", "central")]
     text += "".join(f"\n{LABELS[line]}: {NOTES[line]}." for line in noted)
@@ -137,17 +141,17 @@ def _legend(report: RunReport) -> Text:
 def _compare_cells(report: CompareReport, row: Comparison) -> list[str | Text]:
     is_rate = row.metric == "bits_per_byte"
     sides = [_value(_find(scores, row.party), is_rate) for scores in (report.scores_a, report.scores_b)]
-    delta = f"{row.delta:+.4f}" if is_rate else f"{100 * row.delta:+.1f} points"
-    interval = "none" if row.ci is None else _delta_span(row.ci, is_rate)
+    delta = change(row.delta, row.metric)
+    interval = "none" if row.ci is None else " to ".join(change(end, row.metric) for end in row.ci)
     style = "bold" if row.p_holm < SIGNIFICANT else ""
     return [
         Text(_test_set(row.party)),
-        "bits per byte" if is_rate else "accuracy",
+        MEASURES[row.metric],
         *sides,
         Text(delta, style=style),
         interval,
-        _p_value(row.p),
-        Text(_p_value(row.p_holm), style=style),
+        p_value(row.p),
+        Text(p_value(row.p_holm), style=style),
         str(row.examples),
     ]
 
@@ -162,16 +166,6 @@ def _value(scored: Scored | None, is_rate: bool) -> str:
     if is_rate:
         return f"{rate(scored.bits_per_byte)}\n{span(scored.bits_per_byte_ci)}"
     return "\u2013" if scored.accuracy is None else f"{percent(scored.accuracy)}\n{percent_span(scored.accuracy_ci)}"
-
-
-def _delta_span(interval: tuple[float, float], is_rate: bool) -> str:
-    if is_rate:
-        return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
-
-
-def _p_value(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _test_set(party: str) -> str:
