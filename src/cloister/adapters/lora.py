@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def add_lora(half: Whole, section: AdapterSection, *, first_layer: int, seed: in
         AdapterError: no module matches `target_modules`; the message lists what there is.
     """
     layers = half.anatomy.layers(half.model)
-    linear = sorted({n.rpartition(".")[2] for n, m in layers[first_layer:].named_modules() if _is_linear(m)})
+    found = {n.rpartition(".")[2]: m for n, m in layers[first_layer:].named_modules() if _is_linear(m)}
+    linear = sorted(found)
     wanted = linear if section.target_modules == "all-linear" else section.target_modules
     missing = [name for name in wanted if name not in linear]
     if missing:
@@ -43,11 +45,16 @@ def add_lora(half: Whole, section: AdapterSection, *, first_layer: int, seed: in
         lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT computes with it as a number, its annotation is int
         lora_dropout=section.dropout,
         target_modules=wanted,
+        # Conv1D keeps its weight transposed; PEFT wants to be told.
+        fan_in_fan_out=any(not isinstance(found[name], nn.Linear) for name in wanted),
         layers_to_transform=list(range(first_layer, len(layers))),
         layers_pattern=half.anatomy.layers_name,
     )
     torch.manual_seed(seed)
-    adapted = get_peft_model(half.model, config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; nothing depends on it here.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(half.model, config)
     if not isinstance(adapted, PeftModel):
         raise TypeError("PEFT returned a mixed model")
     return adapted

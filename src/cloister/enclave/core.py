@@ -318,6 +318,12 @@ class EnclaveCore:
         with self._news:
             return self._news.wait_for(lambda: all(s.left for s in self._parties.values()), timeout_s)
 
+    def wait_forever(self) -> None:
+        """Return only by an exception, such as an interrupt."""
+        while True:
+            with self._news:
+                self._news.wait(3600.0)
+
     # State ----------------------------------------------------------------------------------------------------------
 
     def _bundle(self, party: str, kind: str) -> VerifiedBundle:

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cloister.errors import ModelError
 from cloister.model import attention
+
+# Their advice (progress of weight loading, long texts) is for other uses of the library; Cloister reports on its own.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,35 +92,6 @@ def find_head(model: PreTrainedModel) -> nn.Module:
 _HINT = "Cloister cuts decoder-only models built like Llama, Qwen, Mistral, Gemma 2, Phi-3, GPT-2, GPT-NeoX or GLM"
 
 
-def resolve_cut(cut: int | float | str, num_layers: int) -> int:
-    """The number of former layers, from a count, a share of all layers, or "auto" (a third).
-
-    Raises:
-        ModelError: the cut leaves no layer on one side.
-    """
-    if cut == "auto":
-        layers = max(1, num_layers // 3)
-    elif isinstance(cut, float):
-        layers = round(cut * num_layers)
-    else:
-        layers = int(cut)
-    if not 1 <= layers < num_layers:
-        raise ModelError(
-            f"the cut {cut} leaves no layer on one side of a model with {num_layers} layers",
-            where="[model] cut",
-            hint=f"choose 1 to {num_layers - 1}, a share between 0 and 1, or 'auto'",
-        )
-    return layers
-
-
-def load_config_layers(path: Path) -> int:
-    """The number of decoder layers that a model folder's config.json declares."""
-    layers = getattr(_read(AutoConfig, path), "num_hidden_layers", None)
-    if not isinstance(layers, int):
-        raise ModelError("config.json declares no num_hidden_layers", where=str(path), hint=_HINT)
-    return layers
-
-
 def load_model(path: Path, dtype: str, device: str = "cpu") -> PreTrainedModel:
     """Load a model folder in evaluation mode with gradients off. Only safetensors weights and built-in code are used.
 
@@ -134,6 +110,20 @@ def load_model(path: Path, dtype: str, device: str = "cpu") -> PreTrainedModel:
         raise ModelError("is not a causal language model", where=str(path), hint=_HINT)
     model.requires_grad_(False)
     return model.to(device).eval()  # type: ignore[arg-type,no-any-return]  # the stub of .to() knows no device names
+
+
+def pick_device(wanted: str) -> str:
+    """ "auto" becomes CUDA, MPS or CPU, whichever is there first.
+
+    Raises:
+        ModelError: a device that was asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, found in there.items() if found)
+    if not there[wanted]:
+        raise ModelError(f"this machine has no {wanted} device", where="[enclave] device", hint='use "auto"')
+    return wanted
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

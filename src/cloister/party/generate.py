@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,16 +45,17 @@ def generate(
         ProtocolError: the enclave's reply is malformed.
     """
     started = time.monotonic()
+    ids = prompt_ids(tokenizer, prompt)
+    context = getattr(former.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if len(ids) >= context:
+        raise CapacityError(f"the prompt has {len(ids)} tokens, the model's context {context}", hint="shorten it")
     query = Fields(session.request("query.open", {}), "query").blob("id", size=16)
-    ids = tokenizer(prompt)["input_ids"]
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # appended by some tokenizers
-        ids.pop()
     cache, position = former.new_cache(), 0
     produced: list[int] = []
     finish: Literal["end", "length", "quota"] = "length"
     fresh = ids
     try:
-        while len(produced) < max_new_tokens:
+        while len(produced) < max_new_tokens and position + len(fresh) <= context:
             span = torch.arange(position, position + len(fresh), device=former.device)
             given = torch.tensor(fresh, device=former.device)
             activation_TD = former(given, span, None, cache).cpu().contiguous()
@@ -72,11 +74,19 @@ def generate(
                 break
             produced.append(token)
             fresh = [token]
-            on_text(tokenizer.decode(produced, skip_special_tokens=True))
+            on_text(_text(tokenizer, produced))
     finally:
         session.request("query.close", {"id": query})
-    text = tokenizer.decode(produced, skip_special_tokens=True).strip()
+    text = _text(tokenizer, produced).strip()
     return Answer(text=text, token_ids=produced, finish=finish, seconds=time.monotonic() - started)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt, to be continued: without the end-of-text token that some tokenizers append."""
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
 
 
 def _first_token(reply: Fields) -> int:
@@ -84,3 +94,7 @@ def _first_token(reply: Fields) -> int:
     if not tokens or not isinstance(tokens[0], int) or isinstance(tokens[0], bool) or tokens[0] < 0:
         raise ProtocolError("the enclave's reply holds no token", where="query")
     return tokens[0]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

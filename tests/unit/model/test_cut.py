@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cloister.agreement.job import resolve_cut
 from cloister.errors import ModelError
-from cloister.model.anatomy import find_anatomy, resolve_cut
+from cloister.model.anatomy import find_anatomy
 from cloister.model.attention import Layout, packed
 from cloister.model.cut import Former, Latter, Whole
 from tests.unit.model.tiny import CONFIGS, VOCABULARY, tiny_model

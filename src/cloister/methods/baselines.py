@@ -1,0 +1,149 @@
+"""What cloister is compared with, on one machine that holds everybody's data: each party alone, and all data pooled.
+
+Both train LoRA on *all* layers of the whole model, with the job's settings and the same batches that the enclave
+sees. A party alone makes as many passes over its own data as the pooled training makes over all data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cloister.adapters.lora import add_lora
+from cloister.data.packing import Pack
+from cloister.data.prepare import PartyData, prepare
+from cloister.errors import DataError
+from cloister.evaluation.scores import Scores, score
+from cloister.job import TrainingSection
+from cloister.jobfile import ResolvedJob
+from cloister.model.anatomy import load_model, load_tokenizer
+from cloister.model.cut import Whole
+from cloister.progress import Progress, task
+from cloister.training.loop import PackList, Point, TrainingResult, train
+
+Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """One training: its scores on every party's test set, and its curve."""
+
+    scores: dict[str, Scores]
+    curve: Curve
+
+
+def run_baselines(
+    resolved: ResolvedJob, folder: Path, *, threads: int, device: str, progress: Progress
+) -> dict[str, Baseline]:
+    """Train and score what the job's `[evaluation] baselines` ask for: "central", and "local:NAME" for each party.
+
+    Finished ones are taken from `folder`, so that a run that was interrupted continues.
+    """
+    wanted = ["central"] if "central" in resolved.job.evaluation.baselines else []
+    if "local" in resolved.job.evaluation.baselines:
+        wanted += [f"local:{party.name}" for party in resolved.job.party]
+    if not wanted:
+        return {}
+    torch.set_num_threads(threads)
+    done = {name: found for name in wanted if (found := _read(resolved, folder, name)) is not None}
+    if len(done) < len(wanted):
+        with task(progress, "baselines: reading records"):
+            tokenizer = load_tokenizer(resolved.model.folder)
+            data = {
+                p.name: prepare(
+                    resolved.job,
+                    tokenizer,
+                    resolved.loaded.data_file(p.name, "train"),
+                    resolved.loaded.data_file(p.name, "test"),
+                )
+                for p in resolved.job.party
+            }
+        for name in wanted:
+            if name not in done:
+                done[name] = _run(resolved, data, name, device, progress)
+                _write(folder, name, done[name])
+    return {name: done[name] for name in wanted}
+
+
+def _run(resolved: ResolvedJob, data: Mapping[str, PartyData], name: str, device: str, progress: Progress) -> Baseline:
+    job = resolved.job
+    members = list(data) if name == "central" else [name.partition(":")[2]]
+    packs = [pack for party in members for pack in data[party].parts["train"].packs]
+    whole = Whole(load_model(resolved.model.folder, job.model.dtype, device))
+    adapted = add_lora(whole, job.adapter, first_layer=0, seed=job.job.seed)
+
+    def validate() -> float:
+        parts = [data[party].parts["validation"] for party in members if "validation" in data[party].parts]
+        scores = [score(whole, PackList(part.packs), part.examples, where=name) for part in parts]
+        return float(sum(s.bits.sum() for s in scores) / sum(s.response_bytes.sum() for s in scores))
+
+    with task(progress, name, unit="steps") as running:
+
+        def on_point(point: Point, num_steps: int) -> None:
+            running.set(point.step, total=num_steps, note=f"loss {point.train_loss:.3f}")
+
+        result = train(
+            whole,
+            adapted,
+            PackList(packs),
+            _scaled(job.training, packs, data),
+            seed=job.job.seed,
+            validate=validate if job.data.validation > 0 else None,
+            on_point=on_point,
+        )
+    tokens = sum(len(p) for d in data.values() for p in d.parts["test"].packs)
+    with task(progress, f"{name}: scoring", total=tokens, unit="tokens") as running:
+        scores = {
+            party: score(
+                whole,
+                PackList(d.parts["test"].packs),
+                d.parts["test"].examples,
+                where=party,
+                on_pack=running.advance,
+            )
+            for party, d in data.items()
+        }
+    return Baseline(scores=scores, curve=_curve(result))
+
+
+def _scaled(training: TrainingSection, packs: list[Pack], data: Mapping[str, PartyData]) -> TrainingSection:
+    """The job's training, with `steps` scaled so that fewer data mean proportionally fewer steps."""
+    if training.steps is None:
+        return training
+    everything = sum(len(p) for d in data.values() for p in d.parts["train"].packs)
+    share = sum(map(len, packs)) / everything
+    return training.model_copy(update={"steps": max(1, round(training.steps * share))})
+
+
+def _curve(result: TrainingResult) -> Curve:
+    names = ("step", "tokens", "train_loss", "validation_bits_per_byte")
+    return [{k: v for k, v in asdict(p).items() if k in names and v is not None} for p in result.curve]
+
+
+def _folder(folder: Path, name: str) -> Path:
+    return folder / name.replace(":", "-", 1)
+
+
+def _write(folder: Path, name: str, baseline: Baseline) -> None:
+    place = _folder(folder, name)
+    place.mkdir(parents=True, exist_ok=True)
+    for party, scores in baseline.scores.items():
+        (place / f"{party}.jsonl").write_text(scores.to_json_lines(), encoding="utf-8")
+    part = place / "curve.json.part"
+    part.write_text(json.dumps(baseline.curve))
+    part.replace(place / "curve.json")
+
+
+def _read(resolved: ResolvedJob, folder: Path, name: str) -> Baseline | None:
+    place = _folder(folder, name)
+    with suppress(OSError, ValueError, DataError):
+        curve = json.loads((place / "curve.json").read_text())  # written last: without it the rest is incomplete
+        names = [party.name for party in resolved.job.party]
+        texts = {party: (place / f"{party}.jsonl").read_text(encoding="utf-8") for party in names}
+        return Baseline(scores={p: Scores.from_json_lines(t) for p, t in texts.items()}, curve=curve)
+    return None

@@ -1,0 +1,185 @@
+"""A whole job on one machine: the processes of a deployment, the baselines beside them, and the report.
+
+OUT/job.toml              the job with this run's keys and absolute paths
+OUT/policy.toml           the policy made up for a simulated enclave, unless the job names one
+OUT/enclave/              bundles as they arrived (sealed)
+OUT/parties/NAME/         what each party has: key, bundles, scores, receipt, adapter if released
+OUT/baselines/            scores of the systems to compare with
+OUT/logs/                 what each process said
+OUT/report.html, report.json, receipt.json, metrics.jsonl, adapter/ (if released)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from cloister.agreement.job import OpenJob, open_job
+from cloister.attest.backends.simulated import measure_source
+from cloister.crypto.keys import PartyKey
+from cloister.errors import RunError, UsageError
+from cloister.job import Job, PartySection
+from cloister.jobfile import LoadedJob, load_job, render_job, shared_content
+from cloister.methods.baselines import run_baselines
+from cloister.methods.host import usable_cpus
+from cloister.methods.processes import Role, Roles
+from cloister.methods.result import Stopwatch, write_report
+from cloister.model.anatomy import pick_device
+from cloister.progress import Event, Progress, task
+from cloister.report.model import JoinReport, RunReport
+
+
+def run_job(
+    loaded: LoadedJob, out: Path, *, serve: bool, command: str, progress: Progress, samples: int = 1
+) -> RunReport:
+    """Run a job with all its roles on this machine, or continue one that was interrupted.
+
+    A run that is complete is not run again: its report is returned.
+
+    Args:
+        serve: keep the enclave up after the report is written, until interrupted.
+        samples: how many of its test prompts each party answers with the tuned model, for the report.
+
+    Raises:
+        UsageError: the folder holds another job.
+        CloisterError: the first role that failed, with its message and exit code.
+    """
+    clock = Stopwatch()
+    out.mkdir(parents=True, exist_ok=True)
+    opened = open_job(_localise(loaded, out.resolve()), progress=progress)
+    _claim_folder(out, opened)
+    if (out / "report.json").exists() and not serve:
+        return RunReport.read(out / "report.json")
+    threads, party_threads = _share_processors(loaded.job)
+    (out / "logs").mkdir(exist_ok=True)
+    with Roles() as roles:
+        address = _start_enclave(roles, out, serve=serve, threads=threads, progress=progress)
+        parties = [_start_party(roles, out, name, address, samples, party_threads, progress) for name in opened.parties]
+        clock.lap("starting")
+        baselines = run_baselines(
+            opened.resolved,
+            out / "baselines",
+            threads=threads,
+            device=pick_device(loaded.job.enclave.device),
+            progress=_Checked(progress, roles),
+        )
+        clock.lap("baselines")
+        with task(progress, "waiting for the roles to end"):
+            joined = [JoinReport.model_validate_json(r) for r in roles.wait(parties)]
+        clock.lap("waiting for roles")
+        with task(progress, "statistics and report"):
+            report = write_report(opened, out, joined, baselines, command=command, clock=clock)
+        if serve:
+            with task(progress, f"answering queries at {address}, Ctrl-C ends it"):
+                roles.wait(roles.started)
+    return report
+
+
+class _Checked:
+    """Passes progress on and looks whether a role has failed, so that a long baseline does not hide it."""
+
+    def __init__(self, progress: Progress, roles: Roles) -> None:
+        self._progress = progress
+        self._roles = roles
+
+    def report(self, event: Event) -> None:
+        self._roles.check()
+        self._progress.report(event)
+
+
+def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
+    """The job as this run's processes read it: keys made where missing, absolute paths, a policy."""
+    missing = [party.name for party in loaded.job.party if party.public_key is None]
+    keys = {name: _key(out / "parties" / name).public.hex() for name in missing}
+    job = loaded.with_public_keys(keys).job
+    policy = loaded.policy_file()
+    if policy is None:
+        policy = out / "policy.toml"
+        policy.write_text(_simulated_policy(), encoding="utf-8")
+    parties = [_with_paths(party, loaded) for party in job.party]
+    attester = "simulated" if job.enclave.attester == "auto" else job.enclave.attester
+    changes = {
+        "party": parties,
+        "enclave": job.enclave.model_copy(update={"policy": str(policy), "attester": attester}),
+        "model": job.model.model_copy(update={"path": str(loaded.local_path(job.model.path))}),
+    }
+    job = job.model_copy(update=changes)
+    path = out / "job.toml"
+    if path.exists() and shared_content(load_job(path).job) != shared_content(job):
+        raise UsageError("the folder holds a run of another job", where=str(out), hint="choose another --out")
+    path.write_text(render_job(job), encoding="utf-8")
+    return load_job(path)
+
+
+def _with_paths(party: PartySection, loaded: LoadedJob) -> PartySection:
+    paths = {part: str(loaded.data_file(party.name, part)) for part in ("train", "test")}
+    return party.model_copy(update=paths)
+
+
+def _key(folder: Path) -> PartyKey:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "party.key"
+    if path.exists():
+        return PartyKey.load(path)
+    key = PartyKey.generate()
+    key.save(path)
+    return key
+
+
+def _simulated_policy() -> str:
+    return (
+        "# Made up for a run on one machine. It accepts a SIMULATED enclave, which protects nothing.\n"
+        "[policy]\n"
+        'accept = ["simulated"]\n'
+        "insecure_simulated = true\n\n"
+        "[[measurement]]\n"
+        'label = "this installation"\n'
+        'type = "simulated"\n'
+        f'registers = {{ source = "{measure_source().hex()}" }}\n'
+    )
+
+
+def _claim_folder(out: Path, opened: OpenJob) -> None:
+    """A folder keeps one job id: bundles of another one cannot be continued."""
+    path = out / "job_id"
+    if path.exists() and path.read_text().strip() != opened.resolved.job_id:
+        raise UsageError(
+            "the folder holds a run of this job with another model, policy or version of cloister",
+            where=str(out),
+            hint="choose another --out",
+        )
+    path.write_text(opened.resolved.job_id + "\n")
+
+
+def _share_processors(job: Job) -> tuple[int, int]:
+    """(threads of enclave and of baselines, threads of a party): what runs together does not fight."""
+    cpus = usable_cpus()
+    together = 2 if {"local", "central"} & set(job.evaluation.baselines) else 1
+    return job.enclave.threads or max(1, cpus // together), max(1, cpus // len(job.party))
+
+
+def _start_enclave(roles: Roles, out: Path, *, serve: bool, threads: int, progress: Progress) -> str:
+    """Start the enclave and return its address once it listens."""
+    folder = out / "enclave"
+    folder.mkdir(exist_ok=True)
+    (folder / "address").unlink(missing_ok=True)
+    arguments = ["enclave", str(out / "job.toml"), "--listen", "127.0.0.1:0", "--out", str(folder)]
+    arguments += ["--insecure-simulated", *(["--serve"] if serve else [])]
+    log = out / "logs" / "enclave.log"
+    role = roles.add(Role("enclave", arguments, log=log, threads=threads, progress=progress))
+    while not (folder / "address").exists():
+        roles.check()
+        if role.process.poll() is not None:
+            raise RunError("the enclave ended before it listened", where="enclave", hint=f"see {log}")
+        time.sleep(0.05)
+    return str(json.loads((folder / "address").read_text())["address"])
+
+
+def _start_party(
+    roles: Roles, out: Path, name: str, address: str, samples: int, threads: int, progress: Progress
+) -> Role:
+    folder = out / "parties" / name
+    arguments = ["join", str(out / "job.toml"), "--party", name, "--enclave", address, "--out", str(folder)]
+    arguments += ["--key", str(folder / "party.key"), "--insecure-simulated", "--samples", str(samples)]
+    return roles.add(Role(name, arguments, log=out / "logs" / f"{name}.log", threads=threads, progress=progress))
