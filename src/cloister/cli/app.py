@@ -18,6 +18,9 @@ from cloister.cli import prepare, roles, runs, use
 from cloister.cli.failure import EXIT_INTERRUPTED, report_crash, report_failure, report_interrupt, report_usage
 from cloister.errors import CapacityError, CloisterError
 
+# Models and tokenizers come from folders, never from a hub; their libraries' own bars and notices are not ours to show.
+_QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are reported here and nowhere else."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
+    os.environ.update(_QUIET)
     try:
         code = app(given, prog_name="cloister", standalone_mode=False)
         sys.stdout.flush()

@@ -17,7 +17,8 @@ def emit(output: Output, as_json: bool) -> None:
         return
     # Redirected output keeps its columns: a table is not squeezed into 80 characters that nobody sees.
     width = None if sys.stdout.isatty() else 140
-    Console(file=sys.stdout, highlight=False, width=width).print(render(output))
+    console = Console(file=sys.stdout, highlight=False, width=width)
+    console.print(render(output, console.width))
 
 
 def note(text: str) -> None:

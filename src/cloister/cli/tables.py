@@ -13,7 +13,6 @@ from cloister.report.model import (
     ALL,
     Attestation,
     CompareReport,
-    Comparison,
     DoctorReport,
     EvaluateReport,
     ExportReport,
@@ -24,46 +23,35 @@ from cloister.report.model import (
     Scored,
     VerifyReport,
 )
+from cloister.report.terminal import alarm, compare_view, run_view
 
 _STATUS = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "yellow"}
 
 
 @singledispatch
-def render(output: Output) -> RenderableType:
-    """A result as something that rich can print."""
+def render(output: Output, width: int) -> RenderableType:
+    """A result as something that rich can print, `width` columns wide."""
     return Text(output.to_json().rstrip("\n"))
 
 
 @render.register
-def _(output: RunReport) -> RenderableType:
-    title = f"{output.job_name}: bits per byte and accuracy on held-out data, 95 % intervals"
-    table = _scores_table(title, [(row.system, row) for row in output.results])
-    lines = [
-        f"job {output.job_id}",
-        f"wire {size(output.wire.total.bytes_up)} up, {size(output.wire.total.bytes_down)} down"
-        f" ({output.wire.activation_dtype}); training {output.training.tokens_per_s:,.0f} tokens/s;"
-        f" {sum(output.timing.values()):.1f} s in all",
-    ]
-    return Group(table, *_banner(output.attestation), *map(Text, lines), *_warnings(output.warnings))
+def _(output: RunReport, width: int) -> RenderableType:
+    return run_view(output, width)
 
 
 @render.register
-def _(output: EvaluateReport) -> RenderableType:
+def _(output: EvaluateReport, width: int) -> RenderableType:
     table = _scores_table(output.source, [(output.system, row) for row in output.results])
     return Group(table, *_warnings(output.warnings))
 
 
 @render.register
-def _(output: CompareReport) -> RenderableType:
-    title = f"A = {output.a.path} ({output.a.system}), B = {output.b.path} ({output.b.system}); delta is A - B"
-    table = _table(title, ["party", "metric", "delta", "95 % interval", "p", "p (Holm)", "examples"], right=2)
-    for row in output.comparisons:
-        table.add_row(*_compared(row), style="bold" if row.party == ALL else "")
-    return Group(table, *_warnings(output.warnings))
+def _(output: CompareReport, width: int) -> RenderableType:
+    return compare_view(output)
 
 
 @render.register
-def _(output: PlanReport) -> RenderableType:
+def _(output: PlanReport, width: int) -> RenderableType:
     head = (
         f"{output.job_name}: {output.architecture}, {output.parameters:,} parameters, {output.trainable_parameters:,}"
         f" of them trained; {output.former_layers} of {output.layers} layers at the parties;"
@@ -71,7 +59,7 @@ def _(output: PlanReport) -> RenderableType:
     )
     data = _table("records", ["party", "train", "validation", "test", "truncated"], right=1)
     for party in output.parties:
-        counts = (party.records.train, party.records.validation, party.records.test, party.truncated.records)
+        counts = (party.records.train, party.records.validation, party.records.test, party.truncated.prompts)
         data.add_row(party.name, *(f"{count:,}" for count in counts))
     roles = _table("needs", ["role", "name", "memory", "disk", "up", "down", "time"], right=2)
     for role in output.roles:
@@ -82,7 +70,7 @@ def _(output: PlanReport) -> RenderableType:
 
 
 @render.register
-def _(output: DoctorReport) -> RenderableType:
+def _(output: DoctorReport, width: int) -> RenderableType:
     table = _table("", ["check", "", "found"])
     for check in output.checks:
         found = Text(check.found)
@@ -93,7 +81,7 @@ def _(output: DoctorReport) -> RenderableType:
 
 
 @render.register
-def _(output: VerifyReport) -> RenderableType:
+def _(output: VerifyReport, width: int) -> RenderableType:
     table = _table(output.path, ["check", "", "detail"])
     for check in output.checks:
         table.add_row(check.name, Text(check.status, style=_STATUS[check.status]), Text(check.detail))
@@ -103,7 +91,7 @@ def _(output: VerifyReport) -> RenderableType:
 
 
 @render.register
-def _(output: GenerateReport) -> RenderableType:
+def _(output: GenerateReport, width: int) -> RenderableType:
     parts: list[RenderableType] = []
     for answer in output.answers:
         parts.append(Text(answer.response))
@@ -112,7 +100,7 @@ def _(output: GenerateReport) -> RenderableType:
 
 
 @render.register
-def _(output: ExportReport) -> RenderableType:
+def _(output: ExportReport, width: int) -> RenderableType:
     table = _table(f"{output.kind} written to {output.path}", ["file", "size", "sha256"])
     for file in output.files:
         table.add_row(file.path, size(file.bytes), file.sha256)
@@ -161,22 +149,14 @@ def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
     return table
 
 
-def _compared(row: Comparison) -> tuple[str, ...]:
-    p_values = (f"{row.p:.4f}", f"{row.p_holm:.4f}")
-    return row.party, row.metric, f"{row.delta:+.4f}", _interval(row.ci, 4), *p_values, f"{row.examples:,}"
-
-
 def _interval(interval: tuple[float, float] | None, digits: int) -> str:
     return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
-def _banner(attestation: Attestation) -> list[Text]:
+def _banner(attestation: Attestation) -> list[RenderableType]:
     if attestation.hardware and attestation.confidential:
         return [Text(f"attested by {attestation.type}, measurement {attestation.measurement}")]
-    kind = attestation.type.upper()
-    return [
-        Text(f" {kind} ENCLAVE: NOTHING WAS PROTECTED FROM THE OPERATOR OF THIS MACHINE ", style="bold white on red")
-    ]
+    return [alarm(f"{attestation.type.upper()} ENCLAVE: nothing was protected from the operator of its machine")]
 
 
 def _warnings(warnings: Iterable[str]) -> list[Text]:

@@ -1,0 +1,209 @@
+"""The arithmetic of `cloister plan`: operations, bytes and memory, from sizes alone. Pure functions.
+
+Legend: a *pass* is one forward pass of one token. One multiply-add counts as two operations.
+
+    pass through layers    2 x their parameters + 4 x max_tokens x hidden per layer (scores and values of attention;
+                           the packed mask is dense, so each token meets a whole pack)
+    head                   2 x hidden x vocabulary per target (only targets reach it)
+    training step          2 x pass: the frozen weights need no weight gradients, so backward costs what forward does;
+                           plus 4 x trainable parameters per token for the adapter's own weight gradients and forward
+    time                   operations / (measured rate of a matrix product of the model's shape x EFFICIENCY)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Shapes = Mapping[str, Sequence[int]]
+"""Tensor name to shape, as in a model's safetensors files."""
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 2 / 64}
+"""Per value; int8 carries one bfloat16 scale for 64 values."""
+
+EFFICIENCY = 0.4
+"""Share of a bare matrix product's rate that a whole layer reaches (norms, attention, small shapes, Python)."""
+
+PROCESS_BYTES = 700 << 20
+"""Resident memory of a process that has loaded torch, transformers and PEFT and nothing else."""
+
+_PACK_HEADER_BYTES = 900
+"""Header of a pack's safetensors blob plus its three entries in the payload's index."""
+_PACK_INTEGERS_PER_TOKEN = 12
+"""Document, branch and position, each an int32."""
+_PACK_INTEGERS_PER_TARGET = 12
+"""Position, id and group of a target."""
+_GROUP_BYTES = 8
+_EXAMPLE_BYTES = 140
+"""A test example's entry in the table of examples."""
+_CHUNK_BYTES = 20
+"""Length field and tag of a sealed chunk."""
+_FRAME_SHARE = 0.001
+"""gRPC frames and control messages, as a share of what they carry."""
+_RESULT_BYTES_PER_EXAMPLE = 400
+"""A test example's scores by one system as a line of JSON, as the party gets them back, encrypted."""
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+"""The first number in a tensor's name is its layer's: experts and other lists lie inside layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """What the arithmetic needs of a model, cut after `cut` of its `layers`. Parameters are counts."""
+
+    layers: int
+    cut: int
+    hidden: int
+    vocabulary: int
+    former: int
+    """Parameters of the former layers, without the embedding (a look-up costs no operations)."""
+    latter: int
+    """Parameters of the latter layers, without the head."""
+    total: int
+    adapter: int
+    """Trainable parameters of LoRA on the latter layers."""
+    whole_adapter: int
+    """The same on all layers, as the baselines train it."""
+    widest: int
+    """Output width of the widest projection, which bounds the activations that a layer keeps for backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCount:
+    """One kind of a party's data after packing."""
+
+    records: int = 0
+    tokens: int = 0
+    targets: int = 0
+    packs: int = 0
+    groups: int = 0
+
+
+def measure_model(
+    shapes: Shapes, *, layers: int, cut: int, hidden: int, vocabulary: int, lora_rank: int, targets: str | Sequence[str]
+) -> ModelSize:
+    """Sort a model's tensors into its two halves.
+
+    Args:
+        targets: "all-linear" or names of modules, as in `[adapter] target_modules`.
+    """
+    by_layer = {name: _layer(name) for name in shapes}
+    adapted = {
+        name: lora_rank * sum(shapes[name])
+        for name, layer in by_layer.items()
+        if layer is not None and len(shapes[name]) == 2 and _is_target(name, targets)
+    }
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return ModelSize(
+        layers=layers,
+        cut=cut,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        former=sum(sizes[n] for n, layer in by_layer.items() if layer is not None and layer < cut),
+        latter=sum(sizes[n] for n, layer in by_layer.items() if layer is not None and layer >= cut),
+        total=sum(sizes.values()),
+        adapter=sum(count for n, count in adapted.items() if (by_layer[n] or 0) >= cut),
+        whole_adapter=sum(adapted.values()),
+        widest=max((max(shapes[n]) for n in adapted), default=hidden),
+    )
+
+
+def former_operations(model: ModelSize, tokens: int, max_tokens: int) -> float:
+    """A party's passes through the former layers."""
+    return tokens * _pass(model.former, model.cut, model.hidden, max_tokens)
+
+
+def scoring_operations(model: ModelSize, part: PartCount, max_tokens: int, *, whole: bool) -> float:
+    """Forward passes of one part through the latter half or the whole model, head included."""
+    return part.tokens * _half_pass(model, max_tokens, whole) + _head(model, part.targets)
+
+
+def training_operations(model: ModelSize, part: PartCount, passes: float, max_tokens: int, *, whole: bool) -> float:
+    """`passes` times over one part, forward and backward, of the latter half or of the whole model."""
+    adapter = model.whole_adapter if whole else model.adapter
+    per_token = 2 * _half_pass(model, max_tokens, whole) + 4 * adapter
+    return passes * (part.tokens * per_token + 2 * _head(model, part.targets))
+
+
+def bundle_bytes(part: PartCount, hidden: int, activation_dtype: str, chunk_bytes: int, *, scored: bool) -> int:
+    """Size of a sealed bundle of one part. `scored` parts carry a table of examples."""
+    if part.packs == 0:
+        return 0
+    payload = (
+        part.tokens * (hidden * BYTES[activation_dtype] + _PACK_INTEGERS_PER_TOKEN)
+        + part.targets * _PACK_INTEGERS_PER_TARGET
+        + part.groups * _GROUP_BYTES
+        + part.packs * _PACK_HEADER_BYTES
+        + (part.records * _EXAMPLE_BYTES if scored else 0)
+    )
+    return int(payload + math.ceil(payload / chunk_bytes) * _CHUNK_BYTES)
+
+
+def bytes_up(bundles: int) -> int:
+    """What a party sends: its bundles, framed."""
+    return int(bundles * (1 + _FRAME_SHARE))
+
+
+def bytes_down(test_examples: int, systems: int, adapter_bytes: int) -> int:
+    """What a party gets back: scores of its own examples by each system, and the adapter where it is released to it."""
+    return test_examples * systems * _RESULT_BYTES_PER_EXAMPLE + adapter_bytes
+
+
+def party_memory(model: ModelSize, parts: Sequence[PartCount], parameter_bytes: float, max_tokens: int) -> int:
+    """Peak resident memory of a party: the whole model while it is loaded, all packed tokens, one pack in work."""
+    integers = sum(8 * (4 * p.tokens + 3 * p.targets + 2 * p.groups) for p in parts)
+    working = max_tokens * (6 * model.hidden + 2 * model.widest) * parameter_bytes
+    return int(PROCESS_BYTES + model.total * parameter_bytes + integers + working)
+
+
+def enclave_memory(model: ModelSize, parameter_bytes: float, max_tokens: int, cache_bytes: int) -> int:
+    """Peak resident memory of the enclave.
+
+    Args:
+        cache_bytes: decrypted activations that it keeps between epochs, at most `[enclave] cache_mib`.
+    """
+    kept = (model.layers - model.cut) * max_tokens * (8 * model.hidden + 4 * model.widest) * parameter_bytes
+    optimiser = 16 * model.adapter  # weight, gradient and AdamW's two moments, fp32 each
+    head = 2 * max_tokens * model.vocabulary * 4  # logits and their gradient, one pack at most
+    return int(PROCESS_BYTES + model.total * parameter_bytes + kept + optimiser + head + cache_bytes)
+
+
+def seconds(operations: float, operations_per_s: float) -> float:
+    """Time for some work at a measured rate of bare matrix products."""
+    return operations / (operations_per_s * EFFICIENCY)
+
+
+def pooled(parts: Sequence[PartCount]) -> PartCount:
+    """Several parts as one."""
+    return PartCount(
+        records=sum(p.records for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        targets=sum(p.targets for p in parts),
+        packs=sum(p.packs for p in parts),
+        groups=sum(p.groups for p in parts),
+    )
+
+
+def _pass(parameters: int, layers: int, hidden: int, max_tokens: int) -> float:
+    return 2.0 * parameters + 4.0 * layers * max_tokens * hidden
+
+
+def _half_pass(model: ModelSize, max_tokens: int, whole: bool) -> float:
+    latter = _pass(model.latter, model.layers - model.cut, model.hidden, max_tokens)
+    return latter + (_pass(model.former, model.cut, model.hidden, max_tokens) if whole else 0.0)
+
+
+def _head(model: ModelSize, targets: int) -> float:
+    return 2.0 * model.hidden * model.vocabulary * targets
+
+
+def _layer(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def _is_target(name: str, targets: str | Sequence[str]) -> bool:
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return name.endswith(".weight") and (targets == "all-linear" or module in targets)
