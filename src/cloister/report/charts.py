@@ -21,6 +21,8 @@ SHAPES: dict[Line, svg.Shape] = {
 }
 WIDTH = 1000.0
 _LEFT, _RIGHT = 150.0, 40.0
+_MAX_NAMED = 16
+"""With more trainings than this, only the pooled ones are named: the names would not fit beside the chart."""
 _PITCH, _PAD = 17.0, 12.0
 """Height of a marker's line, and air between two test sets."""
 
@@ -81,9 +83,10 @@ def curves(
     grid.append(svg.text(edge, height, "tokens", "tick", "end"))
     order = sorted(series, key=lambda label: (not label.startswith("local"), label == "cloister"))
     paths = [_path(label, [(x(t), y(v)) for t, v in series[label]]) for label in order]
-    ends = {label: y(points[-1][1]) for label, points in series.items()}
+    named = [label for label in series if len(series) <= _MAX_NAMED or not label.startswith("local")]
+    ends = {label: y(series[label][-1][1]) for label in named}
     names = []
-    for label, at in _spread(ends, 14.0, height - 20).items():
+    for label, at in _spread(ends, 14.0, height - 36).items():
         line = _curve_line(label)
         names.append(svg.line(x(series[label][-1][0]), ends[label], edge + 6, at, f"leader s-{line}"))
         names.append(svg.text(edge + 9, at + 4, _curve_name(label), f"name t-{line}"))

@@ -90,7 +90,7 @@ def _zone_titles() -> Markup:
 
 
 def _party(party: Party, y: float) -> Markup:
-    name = party.name if len(party.name) <= 22 else party.name[:21] + "\u2026"
+    name = party.name if len(party.name) <= 19 else party.name[:18] + "\u2026"
     page = svg.join(
         [
             svg.rect(_PARTY_X + 14, y + 13, 24, 32, "page", 2),
@@ -160,7 +160,10 @@ def _enclave(report: RunReport, height: float) -> Markup:
         y = _TOP + 30 + index * 44
         parts.append(svg.text(x + 22, y, head, "label strong"))
         parts.append(svg.text(x + 22, y + 17, small if len(small) <= 44 else small[:43] + "\u2026", "small"))
-    if not protected:
+    if protected:
+        sealed = f"attested: {report.attestation.type}, hidden from the operator"
+        parts.append(svg.text(x + width / 2, _TOP + height - 60, sealed, "sealed", "middle"))
+    else:
         parts.append(_stamp(report, x, _TOP + height - 108, width))
     return svg.join(parts)
 

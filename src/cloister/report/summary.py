@@ -97,7 +97,8 @@ def headline(report: RunReport) -> str:
     text += f": {' and '.join(parts)}." if parts else "."
     others = foreign(report, ALL)
     if others:
-        text += f" A party that trains alone needs {rate(fmean(others))} on the others' text (mean over the parties)."
+        extent = f"between {rate(min(others))} and {rate(max(others))}" if len(others) > 1 else rate(others[0])
+        text += f" A party that trains alone needs {extent} on the others' text."
     return text
 
 
