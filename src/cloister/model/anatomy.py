@@ -19,8 +19,8 @@ from cloister.errors import ModelError
 from cloister.model import attention
 
 # Their advice (progress of weight loading, long texts) is for other uses of the library; Cloister reports on its own.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
