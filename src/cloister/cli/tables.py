@@ -60,11 +60,11 @@ def _(output: PlanReport, width: int) -> RenderableType:
     data = _table("records", ["party", "train", "validation", "test", "truncated"], right=1)
     for party in output.parties:
         counts = (party.records.train, party.records.validation, party.records.test, party.truncated.prompts)
-        data.add_row(party.name, *(f"{count:,}" for count in counts))
+        _add_row(data, party.name, *(f"{count:,}" for count in counts))
     roles = _table("needs", ["role", "name", "memory", "disk", "up", "down", "time"], right=2)
     for role in output.roles:
         amounts = (role.memory_bytes, role.disk_bytes, role.bytes_up, role.bytes_down)
-        roles.add_row(role.role, role.name, *map(size, amounts), duration(role.seconds))
+        _add_row(roles, role.role, role.name, *map(size, amounts), duration(role.seconds))
     times = Text(", ".join(f"{phase} {duration(seconds)}" for phase, seconds in output.timing.items()))
     return Group(Text(head), data, roles, times, *_warnings(output.warnings))
 
@@ -76,7 +76,7 @@ def _(output: DoctorReport, width: int) -> RenderableType:
         found = Text(check.found)
         if check.hint:
             found.append(f"\n{check.hint}", style="dim")
-        table.add_row(check.name, Text(check.status, style=_STATUS[check.status]), found)
+        _add_row(table, check.name, Text(check.status, style=_STATUS[check.status]), found)
     return table
 
 
@@ -84,7 +84,7 @@ def _(output: DoctorReport, width: int) -> RenderableType:
 def _(output: VerifyReport, width: int) -> RenderableType:
     table = _table(output.path, ["check", "", "detail"])
     for check in output.checks:
-        table.add_row(check.name, Text(check.status, style=_STATUS[check.status]), Text(check.detail))
+        _add_row(table, check.name, Text(check.status, style=_STATUS[check.status]), Text(check.detail))
     verdict = Text(output.verdict, style="bold green" if output.verdict == "verified" else "bold yellow")
     signers = Text(f"job {output.job_id}, signed by {', '.join(output.signers) or 'nobody'}")
     return Group(table, *_banner(output.attestation), signers, verdict, *_warnings(output.warnings))
@@ -103,7 +103,7 @@ def _(output: GenerateReport, width: int) -> RenderableType:
 def _(output: ExportReport, width: int) -> RenderableType:
     table = _table(f"{output.kind} written to {output.path}", ["file", "size", "sha256"])
     for file in output.files:
-        table.add_row(file.path, size(file.bytes), file.sha256)
+        _add_row(table, file.path, size(file.bytes), file.sha256)
     return Group(table, *_warnings(output.warnings))
 
 
@@ -127,11 +127,16 @@ def duration(seconds: float | None) -> str:
 
 def _table(title: str, columns: Sequence[str], *, right: int | None = None) -> Table:
     """A plain table; columns from number `right` on hold numbers."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=None, pad_edge=False)
     for number, name in enumerate(columns):
         is_number = right is not None and number >= right
         table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     return table
+
+
+def _add_row(table: Table, *cells: str | Text, style: str = "") -> None:
+    """Add a row whose texts are shown as they are: names of tasks and files come from outside and are no markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
 def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
@@ -145,7 +150,7 @@ def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.3f}"
         loss = (f"{row.bits_per_byte:.4f}", _interval(row.bits_per_byte_ci, 4))
         cells = (row.party, row.task, system, f"{row.examples:,}", *loss, accuracy, _interval(row.accuracy_ci, 3))
-        table.add_row(*cells, style="bold" if system == "cloister" else "")
+        _add_row(table, *cells, style="bold" if system == "cloister" else "")
     return table
 
 

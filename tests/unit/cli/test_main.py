@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -36,6 +37,19 @@ from cloister.report.model import DoctorReport, ErrorReport
 COMMANDS = [
     str(command.name or command.callback.__name__) for command in the_app.registered_commands if command.callback
 ]
+
+
+WAITING = """
+import sys
+from cloister.cli import main, use
+read = use._read_prompt
+def announced():
+    print("ready", flush=True)
+    return read()
+use._read_prompt = announced
+sys.exit(main())
+"""
+"""A command that says when it waits for its prompt on stdin."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +238,17 @@ def test_the_module_and_the_script_return_exit_codes(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (2, "")
     assert json.loads(done.stdout)["error"]["where"] == "absent.toml"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_a_waiting_process_with_130() -> None:
+    command = [sys.executable, "-c", WAITING, "generate", "job.toml", "--party", "a", "--enclave", "h:1", "--key", "k"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
 
 
 # --- init, keygen, doctor ---------------------------------------------------------------------------------------------
