@@ -104,12 +104,20 @@ def score(
     with torch.no_grad():
         for index in range(len(source.tokens)):
             pack = source[index]
-            for key, value in _group_nats(half, pack).items():
+            for key, value in _group_nats(half, pack):
                 if key in nats:
-                    raise ProtocolError(f"example {key[0]} is scored twice", where=where)
+                    raise ProtocolError(f"text {key[1]} of example {key[0]} is scored twice", where=where)
                 nats[key] = value
             on_pack(len(pack))
-    rows = [_example_score(i, e, nats, where) for i, e in enumerate(examples)]
+    expected = {(i, r) for i, e in enumerate(examples) for r in (e.response_role, *range(len(e.choice_bytes)))}
+    for fault, keys in (
+        ("is not accounted for by any pack", expected - set(nats)),
+        ("is unknown", set(nats) - expected),
+    ):
+        if keys:
+            example, role = min(keys)
+            raise ProtocolError(f"text {role} of example {example} {fault}", where=where)
+    rows = [_example_score(i, e, nats) for i, e in enumerate(examples)]
     return Scores(
         example_id=[e.id for e in examples],
         task=[e.task for e in examples],
@@ -119,19 +127,17 @@ def score(
     )
 
 
-def _group_nats(half: Whole, pack: Pack) -> dict[tuple[int, int], float]:
+def _group_nats(half: Whole, pack: Pack) -> list[tuple[tuple[int, int], float]]:
+    """((example, role), nats) of each group."""
     nll_N = target_nll(half, pack.to(half.device)).double().cpu()
     sums_G = torch.zeros(len(pack.group_role_G), dtype=torch.float64).index_add_(0, pack.target_group_N, nll_N)
     keys = zip(pack.group_example_G.tolist(), pack.group_role_G.tolist(), strict=True)
-    return dict(zip(keys, sums_G.tolist(), strict=True))
+    return list(zip(keys, sums_G.tolist(), strict=True))
 
 
-def _example_score(index: int, example: Example, nats: dict[tuple[int, int], float], where: str) -> tuple[float, int]:
+def _example_score(index: int, example: Example, nats: dict[tuple[int, int], float]) -> tuple[float, int]:
     """(bits of the response, correct) of one example."""
-    try:
-        bits = nats[index, example.response_role] / math.log(2)
-        # Length-normalised likelihood: nats per byte, so that tokenisation does not favour a choice.
-        choice = [nats[index, k] / size for k, size in enumerate(example.choice_bytes)]
-    except KeyError:
-        raise ProtocolError(f"example {index} is not accounted for by any pack", where=where) from None
+    bits = nats[index, example.response_role] / math.log(2)
+    # Length-normalised likelihood: nats per byte, so that tokenisation does not favour a choice.
+    choice = [nats[index, k] / size for k, size in enumerate(example.choice_bytes)]
     return bits, int(int(np.argmin(choice)) == example.answer) if choice else -1
