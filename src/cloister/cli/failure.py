@@ -18,7 +18,6 @@ import cloister
 from cloister.errors import CloisterError, UsageError
 from cloister.jobfile.load import JobFaultsError
 
-EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 

@@ -35,18 +35,6 @@ class ResolvedJob:
     canonical: bytes
     job_id: str
 
-    def differences(self, canonical: bytes) -> list[str]:
-        """What this job and another canonical form disagree on, as dotted keys; for messages only.
-
-        Args:
-            canonical: unverified bytes of a peer.
-        """
-        try:
-            theirs = json.loads(canonical)
-        except (ValueError, RecursionError):
-            return ["the whole job"]
-        return _differences(json.loads(self.canonical), theirs, "")
-
 
 def resolve(
     loaded: LoadedJob, *, cut: int, policy_bytes: bytes, count: Callable[[int], object] = lambda _: None
@@ -106,14 +94,3 @@ def _shared_value(value: Any) -> Any:  # Any: JSON
     if isinstance(value, BaseModel):
         return shared_content(value)
     return [_shared_value(item) for item in value] if isinstance(value, list) else value
-
-
-def _differences(ours: Any, theirs: Any, at: str) -> list[str]:  # Any: JSON
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = sorted(ours.keys() | theirs.keys())
-        return [
-            found
-            for key in keys
-            for found in _differences(ours.get(key), theirs.get(key), f"{at}.{key}".removeprefix("."))
-        ]
-    return [] if ours == theirs else [at or "the whole job"]
