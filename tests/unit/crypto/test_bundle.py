@@ -254,7 +254,7 @@ def test_commitment_is_over_ciphertext(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """Python's own allocations while writing, verifying and reading 32 MiB in 64 KiB chunks stay below 1 MiB."""
+    """Python's own allocations while writing, verifying and reading 32 MiB in 64 KiB chunks stay below 2 MiB."""
     piece = os.urandom(1 << 20)
     tracemalloc.start()
     try:
@@ -270,7 +270,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert digest.digest() == hashlib.sha256(piece * 32).digest()
-    assert peak < 1 << 20
+    assert peak < 2 << 20
 
 
 def test_other_fields_of_a_header_change_its_hash() -> None:

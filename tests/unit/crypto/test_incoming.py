@@ -211,6 +211,58 @@ def test_disk_full_keeps_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert incoming.feed(offset + 150, sent.data[offset + 150 :])
 
 
+def test_disk_full_at_the_very_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, incoming = Sent(tmp_path), receiver(tmp_path)
+
+    def full(fd: int, data: memoryview) -> int:
+        if len(data) <= 10:
+            raise OSError(errno.ENOSPC, "full")
+        return real(fd, data[: len(data) - 10])
+
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(CapacityError):
+            sent.begin(incoming)
+    assert sent.begin(incoming) == len(sent.header.prefix)
+    assert incoming.feed(incoming.offset, sent.data[incoming.offset :])
+
+
+def test_disk_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, incoming = Sent(tmp_path), receiver(tmp_path)
+    offset = sent.begin(incoming)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CapacityError):
+            incoming.feed(offset, sent.data[offset:])
+    assert incoming.bundle is None
+    assert sent.begin(incoming) == len(sent.data)
+    assert incoming.bundle is not None
+
+
+def test_a_crash_before_what_followed_the_end_was_cut_off(tmp_path: Path) -> None:
+    sent, incoming = Sent(tmp_path), receiver(tmp_path)
+    incoming.part.write_bytes(sent.data + bytes(3 << 20))
+    assert sent.begin(incoming) == len(sent.data)
+    assert (tmp_path / "in").read_bytes() == sent.data
+
+
+def test_a_part_that_went_bad_on_disk(tmp_path: Path) -> None:
+    """Found when it is taken up again, or at the end; then the upload begins anew."""
+    sent, incoming = Sent(tmp_path), receiver(tmp_path)
+    start = len(sent.header.prefix)
+    incoming.part.write_bytes(sent.data[:start] + b"\x00\x00\x00\x01" + bytes(9))
+    with pytest.raises(VerificationError) as refused:
+        sent.begin(incoming)
+    assert refused.value.code == "frame"
+    assert sent.begin(incoming) == start
+    assert incoming.feed(start, sent.data[start:])
+
+
 def test_store(tmp_path: Path) -> None:
     store = IncomingStore(tmp_path, job_id=JOB, public_keys={PARTY: KEY.public}, max_payload_bytes=1 << 20)
     assert store(header()) is store(header()) is store.expected(PARTY, "train")

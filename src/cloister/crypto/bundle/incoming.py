@@ -1,8 +1,9 @@
 """Receiving a bundle: the server's half of an upload that can be cut at any byte and goes on from there.
 
 Nothing is written before the signed header is verified, and never more than it allows. The bytes received so far are
-the file `NAME.part`; its length is the offset at which to resume, after a restart of either side too. A wrong byte
-is found at the end at the latest, and then the part is discarded. The bytes come from an unauthenticated
+the file `NAME.part`; its length is the offset at which to resume, after a restart of either side too. Everything is
+hashed as it comes, so nothing is read again; a wrong byte is found at the end at the latest, and then the part is
+discarded. The bytes come from an unauthenticated
 connection: an active attacker on the network can force a repetition, never a wrong bundle.
 """
 
@@ -11,18 +12,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from cloister.crypto.bundle.header import (
-    FRAME_BYTES,
-    MAX_TRAILER_BYTES,
-    BundleHeader,
-    UnverifiedHeader,
-)
-from cloister.crypto.bundle.verify import VerifiedBundle, parse_frame, verify_bundle
+from cloister.crypto.bundle.header import BundleHeader, UnverifiedHeader
+from cloister.crypto.bundle.scan import BundleScanner
+from cloister.crypto.bundle.verify import VerifiedBundle, scan_file, verify_bundle
 from cloister.crypto.bundle.writer import disk_error, sync_folder, write_all
-from cloister.errors import CapacityError, DataError, ProtocolError, VerificationError
+from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, VerificationError
 
 
 class IncomingBundle:
@@ -41,9 +37,7 @@ class IncomingBundle:
         self._header: BundleHeader | None = None
         self._prefix = b""
         self._size = 0
-        self._next_frame = 0
-        self._at_trailer = False
-        self._end: int | None = None
+        self._scanner: BundleScanner | None = None
 
     def begin(self, encoded_header: bytes, signature: bytes) -> int:
         """Verify the signed header and return the offset in the bundle's file from which to send.
@@ -66,6 +60,8 @@ class IncomingBundle:
                 return self.path.stat().st_size
             if self._prefix != unverified.prefix:
                 self._resume_part(header, unverified.prefix)
+            elif self._scanner is not None and self._scanner.done:  # publishing failed the last time
+                self._publish(header, self._scanner, 0)
             return self._size
 
     def feed(self, offset: int, data: bytes) -> bool:
@@ -76,15 +72,24 @@ class IncomingBundle:
             written stays).
         """
         with self._lock:
-            header = self._header
+            header, scanner = self._header, self._scanner
             if header is None:
                 raise RuntimeError("feed before begin")
-            if self.bundle is not None or offset != self._size:
+            if self.bundle is not None or scanner is None or offset != self._size:
                 raise ProtocolError(f"bytes for offset {offset} while the next is {self._size}", where=self._party)
             if self._size + len(data) > header.max_file_bytes:
                 raise ProtocolError("more bytes than the bundle's signed header allows", where=self._party)
-            self._append(data)
-            return self._settle(header)
+            before = self._size
+            try:
+                self._append(data)
+            finally:  # a disk that is full has still taken some
+                excess = self._scan(scanner, memoryview(data)[: self._size - before])
+            if not scanner.done:
+                return False
+            self._publish(header, scanner, excess)
+            if excess:  # the bundle is here and holds; what came behind it is gone
+                raise ProtocolError("there are bytes after the bundle's end", where=self._party)
+            return True
 
     @property
     def offset(self) -> int:
@@ -112,15 +117,27 @@ class IncomingBundle:
             same, size = False, 0
         except OSError as exc:
             raise DataError(f"cannot read: {exc.strerror}", where=str(self.part)) from exc
-        self._header, self._prefix = header, prefix
-        self._next_frame, self._at_trailer, self._end = len(prefix), False, None
-        if same:
-            self._size = size
-            self._settle(header)
+        self._header, self._prefix, self._size = header, prefix, 0
+        self._scanner = scanner = BundleScanner(header, self._public_key)
+        if not same:
+            self.part.unlink(missing_ok=True)
+            try:
+                self._append(prefix)
+            except CloisterError:
+                self._discard()  # half a prefix is nothing to resume from
+                raise
             return
-        self.part.unlink(missing_ok=True)
-        self._size = 0
-        self._append(prefix)
+        self._size = size
+        with self.part.open("rb") as file:
+            file.seek(len(prefix))
+            try:
+                in_buffer = scan_file(file, scanner)
+            except VerificationError:
+                self._discard()
+                raise
+            excess = size - file.tell() + in_buffer
+        if scanner.done:
+            self._publish(header, scanner, excess)
 
     def _append(self, data: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -139,55 +156,29 @@ class IncomingBundle:
             self._size = os.fstat(fd).st_size
             os.close(fd)
 
-    def _settle(self, header: BundleHeader) -> bool:
-        """Follow the frames as far as they are here; once the end is, verify and publish the file."""
+    def _scan(self, scanner: BundleScanner, data: memoryview) -> int:
         try:
-            self._follow_frames(header)
-            if self._end is None or self._size < self._end:
-                return False
-            excess = self._size - self._end
-            if excess:
-                os.truncate(self.part, self._end)
-                self._size = self._end
-            self._publish()
+            return scanner.feed(data)
         except VerificationError:
             self._discard()
             raise
-        if excess:  # the bundle is here and holds; what came behind it is gone
-            raise ProtocolError("there are bytes after the bundle's end", where=self._party)
-        return True
 
-    def _follow_frames(self, header: BundleHeader) -> None:
-        with self.part.open("rb", buffering=0) as file:
-            while self._end is None and self._next_frame + FRAME_BYTES <= self._size:
-                file.seek(self._next_frame)
-                word = file.read(FRAME_BYTES)
-                if self._at_trailer:
-                    length = int.from_bytes(word, "big")
-                    if length > MAX_TRAILER_BYTES:
-                        raise VerificationError("trailer", f"the bundle's trailer claims {length} bytes")
-                    self._end = self._next_frame + FRAME_BYTES + length
-                else:
-                    first = self._next_frame == len(self._prefix)
-                    length, self._at_trailer = parse_frame(word, header, first=first)
-                    self._next_frame += FRAME_BYTES + length
-
-    def _publish(self) -> None:
-        verified = verify_bundle(self.part, job_id=self._job_id, party=self._party, public_key=self._public_key)
+    def _publish(self, header: BundleHeader, scanner: BundleScanner, excess: int) -> None:
+        """Make a part that holds durable and give it its name."""
         try:
             with self.part.open("rb+") as file:
+                self._size -= excess
+                file.truncate(self._size)
                 os.fsync(file.fileno())
             self.part.replace(self.path)
             sync_folder(self.path)
         except OSError as exc:
             raise disk_error(exc, self.path, 0) from exc
-        self.bundle = replace(verified, path=self.path)
+        self.bundle = VerifiedBundle.from_scan(self.path, header, len(self._prefix), scanner)
 
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
-        self._header, self._prefix = None, b""
-        self._size = self._next_frame = 0
-        self._at_trailer, self._end = False, None
+        self._header, self._scanner, self._prefix, self._size = None, None, b"", 0
 
 
 class IncomingStore:

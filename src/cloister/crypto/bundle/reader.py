@@ -13,7 +13,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloister.crypto.bundle.header import TAG_BYTES, chunk_aad, chunk_nonce
-from cloister.crypto.bundle.verify import HASH_BYTES, VerifiedBundle
+from cloister.crypto.bundle.scan import HASH_BYTES
+from cloister.crypto.bundle.verify import VerifiedBundle
 from cloister.crypto.keys import DataKey
 from cloister.errors import DataError, VerificationError
 
