@@ -104,7 +104,7 @@ def train(
     best, best_state = math.inf, None
     torch.manual_seed(seed)
     for step, members in enumerate(steps):
-        adapted.train()
+        _train_mode(adapted)
         loss = _accumulate(half, source, members)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -138,6 +138,17 @@ def train(
 def evaluation_steps(num_steps: int, count: int) -> set[int]:
     """After which steps (1-based) to validate: `count` times, evenly, the last time at the end."""
     return {math.ceil(num_steps * (i + 1) / count) for i in range(count)} if count else set()
+
+
+def _train_mode(adapted: PeftModel) -> None:
+    """Dropout on in the adapter, off in the base.
+
+    Former layers run once, without dropout, so a base's own dropout (GPT-2 has 0.1) would be on in one half only.
+    """
+    adapted.eval()
+    for name, module in adapted.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train()
 
 
 def _accumulate(half: Whole, source: PackSource, members: list[int]) -> float:

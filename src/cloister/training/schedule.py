@@ -15,6 +15,8 @@ def plan_steps(tokens: Sequence[int], training: TrainingSection, seed: int) -> l
 
     A step takes packs until the next one would exceed `batch_tokens` (at least one); a step does not span epochs.
     """
+    if not tokens:
+        raise ValueError("there are no packs to train on")
     wanted = training.steps
     epochs = math.inf if training.epochs is None else training.epochs
     rng = np.random.default_rng(seed)
