@@ -34,6 +34,9 @@ class Limits:
     """Sessions and uploads at one time; each holds one thread."""
     max_handshakes: int = 16
     """Connections that have not authenticated yet."""
+    max_sessions_per_party: int = 8
+    max_uploads: int = 24
+    """Uploads at one time; what they say is authenticated only at a bundle's end, so they never take all threads."""
     handshake_timeout_s: float = 30.0
     idle_timeout_s: float = 900.0
     """How long an open session may say nothing."""

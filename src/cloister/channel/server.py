@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,7 +51,11 @@ class EnclaveServer:
         self._handler = handler
         self._incoming = incoming
         self._clock = clock
-        self._handshakes = threading.BoundedSemaphore(self._limits.max_handshakes)
+        self._handshakes = _Places(self._limits.max_handshakes, "too many connections are waiting to authenticate")
+        self._uploads = _Places(self._limits.max_uploads, "too many uploads at one time")
+        self._sessions: defaultdict[str, _Places] = defaultdict(
+            lambda: _Places(self._limits.max_sessions_per_party, "this party has too many sessions open")
+        )
         self._watchdog = _Watchdog()
         self._server = grpc.server(
             ThreadPoolExecutor(self._limits.max_connections, thread_name_prefix="enclave"),
@@ -67,7 +72,10 @@ class EnclaveServer:
         return self
 
     def stop(self, grace_s: float = 2.0) -> None:
-        """Refuse new connections, wait a little for open ones, then cut them."""
+        """Refuse new connections, wait a little for open ones, then cut them.
+
+        A handler that is still at work is not interrupted, and the process cannot end before it returns.
+        """
         self._server.stop(grace_s).wait()
         self._watchdog.stop()
 
@@ -108,13 +116,13 @@ class EnclaveServer:
         try:
             with self._watchdog.watch(context) as timer:
                 established = yield from self._handshake(messages, timer)
-                _log.info("session open: %s", established.peer.party)
-                timer.set(None)
-                records = _timed(messages, timer, self._limits.idle_timeout_s)
-                for record in serve(established, records, self._handler):
-                    timer.set(self._limits.stall_timeout_s)
-                    yield record
-                    timer.set(None)
+                with self._sessions[established.peer.party].take():  # only the job's parties come here
+                    _log.info("session open: %s", established.peer.party)
+                    records = _timed(messages, timer, self._limits.idle_timeout_s)
+                    for record in serve(established, records, self._handler):
+                        timer.set(self._limits.stall_timeout_s)
+                        yield record
+                        timer.set(None)
         except grpc.RpcError:
             _log.info("session cut")
         except CloisterError as exc:
@@ -122,22 +130,19 @@ class EnclaveServer:
             context.abort(*refusal(exc))
 
     def _handshake(self, messages: Iterator[bytes], timer: _Timer) -> Generator[bytes, None, Established]:
-        if not self._handshakes.acquire(blocking=False):
-            raise CapacityError("too many connections are waiting to authenticate", hint="try again later")
-        try:
+        with self._handshakes.take():
             timer.set(self._limits.handshake_timeout_s)
             responder = self._responder_factory()
             while True:
                 result = responder.receive(_next(messages), self._clock())
                 if isinstance(result, Established):
+                    timer.set(None)
                     return result
                 yield result
-        finally:
-            self._handshakes.release()
 
     def _upload(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
-            with self._watchdog.watch(context) as timer:
+            with self._uploads.take(), self._watchdog.watch(context) as timer:
                 timer.set(self._limits.handshake_timeout_s)
                 header, offset = _parse_head(_next(messages), with_offset=True)
                 bundle = self._incoming(header.header)
@@ -190,6 +195,24 @@ def _timed(messages: Iterator[bytes], timer: _Timer, timeout_s: float) -> Iterat
         if message is None:
             return
         yield message
+
+
+class _Places:
+    """A bounded number of places; whoever finds none is refused at once."""
+
+    def __init__(self, count: int, refusal: str) -> None:
+        self._free = threading.BoundedSemaphore(count)
+        self._refusal = refusal
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Raises: CapacityError when there is none."""
+        if not self._free.acquire(blocking=False):
+            raise CapacityError(self._refusal, hint="try again later")
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class _Timer:

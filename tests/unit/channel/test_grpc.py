@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -213,9 +213,9 @@ def test_upload(enclave: Enclave, tmp_path: Path) -> None:
 
 
 class CuttingProxy:
-    """Forwards TCP to `address` and cuts each connection after so many bytes from the client."""
+    """Forwards TCP to `address`, a little slowly; cuts its n-th connection as soon as `cuts[n]` says so."""
 
-    def __init__(self, address: str, cuts: list[int]) -> None:
+    def __init__(self, address: str, cuts: list[Callable[[], bool]]) -> None:
         host, port = address.split(":")
         self._target = (host, int(port))
         self._cuts = cuts
@@ -231,20 +231,17 @@ class CuttingProxy:
             except OSError:
                 return
             self.connections += 1
-            budget = self._cuts.pop(0) if self._cuts else None
+            cut = self._cuts.pop(0) if self._cuts else lambda: False
             server = socket.create_connection(self._target)
-            for source, sink, limit in ((client, server, budget), (server, client, None)):
-                threading.Thread(target=self._pump, args=(source, sink, limit), daemon=True).start()
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(source, sink, cut), daemon=True).start()
 
     @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    def _pump(source: socket.socket, sink: socket.socket, cut: Callable[[], bool]) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536 if limit is None else min(65536, limit)):
+            while (data := source.recv(65536)) and not cut():
                 sink.sendall(data)
-                if limit is not None:
-                    limit -= len(data)
-                    if limit == 0:
-                        break
+                time.sleep(0.001)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -256,8 +253,14 @@ class CuttingProxy:
 
 def test_a_cut_upload_resumes(enclave: Enclave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_BACKOFF_S", 0.01)
-    path = sealed(tmp_path, 6 << 20)
-    proxy = CuttingProxy(enclave.address, [2 << 20, 100, 2 << 20, 1500])
+    path = sealed(tmp_path, 24 << 20)
+    incoming = enclave.store.expected(PARTY, "train")
+    cuts: list[Callable[[], bool]] = [
+        lambda: incoming.offset > 3 << 20,
+        lambda: True,  # at once
+        lambda: incoming.offset > 8 << 20,
+    ]
+    proxy = CuttingProxy(enclave.address, cuts)
     starts: list[int] = []
     real = client_module._send
 
@@ -273,7 +276,7 @@ def test_a_cut_upload_resumes(enclave: Enclave, tmp_path: Path, monkeypatch: pyt
     assert bundle.path.read_bytes() == path.read_bytes()
     assert proxy.connections >= 4
     assert starts == sorted(starts)
-    assert starts[-1] > 2 << 20  # what had arrived was not sent again
+    assert starts[-1] > 8 << 20  # what had arrived was not sent again
 
 
 def test_an_upload_resumes_at_a_restarted_enclave(tmp_path: Path) -> None:
@@ -430,6 +433,41 @@ def test_silent_strangers_are_dropped_and_bounded(strict: Enclave) -> None:
         assert session.request("x") == {"party": PARTY}
     for channel in channels:
         channel.close()
+
+
+def test_one_party_cannot_take_all_places(tmp_path: Path) -> None:
+    running = Enclave(tmp_path / "enclave", Limits(max_sessions_per_party=2))
+    first, second = open_session(running), open_session(running)
+    third = open_session(running)
+    with pytest.raises(CapacityError, match="too many sessions"):
+        third.request("x")
+    first.close()
+    deadline = time.monotonic() + 5
+    while True:  # its place is free as soon as the enclave has seen the end
+        with open_session(running) as again, contextlib.suppress(CapacityError):
+            assert again.request("x") == {"party": PARTY}
+            break
+        assert time.monotonic() < deadline
+    second.close()
+    running.server.stop(0)
+
+
+def test_uploads_cannot_take_all_places(tmp_path: Path) -> None:
+    running = Enclave(tmp_path / "enclave", Limits(max_uploads=1))
+    path = sealed(tmp_path, 1000)
+    with grpc.insecure_channel(running.address) as channel:
+        stream: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(UPLOAD)
+        silence: queue.Queue[bytes | None] = queue.Queue()
+        silence.put(head(path, len(read_header(path).prefix)))
+        call = stream.future(iter(silence.get, None))
+        while running.store.expected(PARTY, "train").offset == 0:
+            time.sleep(0.01)
+        with pytest.raises(CapacityError, match="too many uploads"):
+            upload(running.address, path)
+        silence.put(None)
+        call.result(timeout=5)
+    upload(running.address, path)
+    running.server.stop(0)
 
 
 def test_a_handshake_that_stops_half_way(strict: Enclave) -> None:
