@@ -1,0 +1,62 @@
+"""One tiny model for the whole session, one complete run of the tiny job, and folders with fresh jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloister.report.model import RunReport
+from tests.integration.tiny_job import Command, finish, records, write_job, write_lines, write_model
+
+CANARIES = {"train": "canary-7Qx-train", "test": "canary-9Zk-test"}
+"""Planted in the last records of the party "north"."""
+
+MakeJob = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, tiny_model_folder: Path) -> MakeJob:
+    """`make_job(changes, parties=..., keys=...)` writes a job into the test's own folder; returns the job file."""
+
+    def make(changes: dict[str, dict[str, Any]] | None = None, **more: Any) -> Path:
+        changes = dict(changes or {})
+        changes["model"] = {"path": str(tiny_model_folder), **changes.get("model", {})}
+        folder = tmp_path / "job"
+        folder.mkdir(exist_ok=True)
+        return write_job(folder, changes, **more)
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A complete `cloister run` of the tiny job: float32 activations, the adapter released to "north"."""
+
+    job: Path
+    out: Path
+    command: Command
+    report: RunReport
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("finished")
+    for part, count in (("train", 40), ("test", 6)):
+        rows = records("north", part, count)
+        rows[-1] |= {"prompt": f"{CANARIES[part]} prompt", "response": f"{CANARIES[part]} response"}
+        rows[-1] = {k: v for k, v in rows[-1].items() if k not in ("choices", "answer")}
+        write_lines(folder / "data" / f"north-{part}.jsonl", rows)
+    job = write_job(folder, {"model": {"path": str(tiny_model_folder)}})
+    out = folder / "out"
+    command = finish("run", job, "--out", out, "--json", "--progress", "json", folder=folder / "command")
+    assert command.process.returncode == 0, command.stdout + command.stderr
+    return FinishedRun(job=job, out=out, command=command, report=RunReport.model_validate_json(command.stdout))
