@@ -127,7 +127,7 @@ def _quantise(activation_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 (T, D), bf16 scales (T, B)); values are rounded to the nearest multiple of their block's scale."""
     blocks_TBK = _blocks(activation_TD)
     scale_TB = (blocks_TBK.abs().amax(-1) / 127).to(torch.bfloat16)
-    # A scale that rounded down would clip the block's largest value by up to 0.4 %: one bf16 step up avoids it.
+    # One bf16 step up: no block of zeros divides by zero, and the largest value is never clipped by a rounded scale.
     scale_TB = torch.nextafter(scale_TB, torch.tensor(torch.inf, dtype=torch.bfloat16))
     q_TBK = (blocks_TBK / scale_TB.float()[..., None]).round().clamp(-127, 127)
     return q_TBK.flatten(1)[:, : activation_TD.shape[1]].to(torch.int8), scale_TB
