@@ -1,5 +1,6 @@
 """Attacks on bundles: every altered byte, cut, swap, substitution; each ends in a VerificationError of its own."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from cloister.crypto.bundle import SealedReader
+from cloister.crypto.bundle import SealedReader, UnverifiedHeader
 from cloister.crypto.bundle.header import TRAILER_LABEL, chunk_aad, chunk_nonce, trailer_message
 from cloister.crypto.encoding import encode
 from cloister.crypto.keys import PartyKey
@@ -145,3 +146,13 @@ def test_a_signature_of_something_else_is_no_trailer(bundle: Path) -> None:
     )
     assert refusal(bundle, head + b"".join(chunks) + len(trailer).to_bytes(4, "big") + trailer) == "signature"
     assert (found.header.job_id, found.header.party) == (JOB, PARTY)
+
+
+def test_chunks_beyond_the_signed_limit(tmp_path: Path) -> None:
+    """A party signs a small limit and sends more: refused at the chunk that goes beyond it."""
+    path = tmp_path / "b"
+    write(path, bytes(CHUNK + 1), KEY, max_payload_bytes=CHUNK + 1)
+    head, chunks, tail = frames(path)
+    small = UnverifiedHeader.sign(dataclasses.replace(verify(path, KEY).header, max_payload_bytes=CHUNK), KEY)
+    assert len(head) == len(small.prefix)
+    assert refusal(path, small.prefix + b"".join(chunks) + tail) == "size"

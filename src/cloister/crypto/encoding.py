@@ -7,7 +7,6 @@ after the value. So a value has exactly one encoding and a peer cannot make a sm
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,11 +203,6 @@ class Fields:
         """Refuse fields that nobody took."""
         if self._left:
             raise ProtocolError(f"{self._what}: unknown field {min(self._left)!r}")
-
-
-def is_finite_number(value: object) -> bool:
-    """Whether a decoded value is an int or a finite float."""
-    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def join(*fields: bytes) -> bytes:

@@ -295,6 +295,25 @@ def test_an_upload_resumes_at_a_restarted_enclave(tmp_path: Path) -> None:
     second.server.stop(0)
 
 
+def test_a_file_that_fails_while_it_is_sent(enclave: Enclave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sealed(tmp_path)
+
+    class Failing(client_module._Pieces):
+        def __iter__(self) -> Iterator[bytes]:
+            self._path = tmp_path / "gone"
+            return super().__iter__()
+
+    monkeypatch.setattr(client_module, "_Pieces", Failing)
+    with pytest.raises(DataError, match="cannot read"):
+        upload(enclave.address, path)
+
+
+def test_an_enclave_that_claims_too_much(enclave: Enclave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_ask_offset", lambda *_: (False, 1 << 40))
+    with pytest.raises(ProtocolError, match="more than"):
+        upload(enclave.address, sealed(tmp_path))
+
+
 def test_retries_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(client_module, "_BACKOFF_S", 0.01)
     path = sealed(tmp_path, 1000)

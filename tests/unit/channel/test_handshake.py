@@ -214,6 +214,29 @@ def test_a_long_hello_is_refused_unread() -> None:
         Responder(responder_settings()).receive(bytes([HELLO]) + bytes(MAX_HELLO_BYTES + 1), NOW)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"x25519": bytes(32)}, {"x25519": b"short"}, {"mlkem": bytes(1087)}, {"random": b""}, {"extra": 1}],
+)
+def test_an_enclave_that_sends_malformed_shares(changes: dict[str, object]) -> None:
+    share: dict[str, object] = {"x25519": b"\x09" + bytes(31), "mlkem": bytes(1088), "random": bytes(32)}
+    party = initiator()
+    party.start(NOW)
+    encoded = encode(share | changes)  # type: ignore[arg-type]  # any value that encodes
+    with pytest.raises(ProtocolError):
+        party.receive(bytes([REPLY]) + encode({"share": encoded, "sealed": bytes(100)}), NOW)
+
+
+def test_good_shares_without_the_secret() -> None:
+    """The base of the cases above is well-formed; it fails only because its sender cannot know the keys."""
+    share = encode({"x25519": b"\x09" + bytes(31), "mlkem": bytes(1088), "random": bytes(32)})
+    party = initiator()
+    party.start(NOW)
+    with pytest.raises(VerificationError) as refused:
+        party.receive(bytes([REPLY]) + encode({"share": share, "sealed": bytes(100)}), NOW)
+    assert refused.value.code == "handshake"
+
+
 def test_an_enclave_without_evidence() -> None:
     """A man in the middle that knows the protocol but has no TEE."""
 

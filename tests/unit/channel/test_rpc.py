@@ -173,6 +173,53 @@ def misbehaving(answer: Callable[[bytes], bytes]) -> rpc.Session:
     return rpc.Session(at_party, Pipe())
 
 
+@pytest.mark.parametrize("with_record", [True, False])
+def test_an_enclave_that_closes_instead_of_answering(with_record: bool) -> None:
+    at_party, at_enclave = shake()
+
+    class Pipe:
+        def send(self, record: bytes) -> None:
+            pass
+
+        def receive(self, timeout_s: float | None) -> bytes | None:
+            return at_enclave.sealer.close() if with_record else None
+
+        def close(self) -> None:
+            pass
+
+    if not with_record:
+        at_party.opener.feed(at_enclave.sealer.close())  # it had closed before we asked
+    with pytest.raises(ProtocolError, match="instead of answering"):
+        rpc.Session(at_party, Pipe()).request("x")
+
+
+def test_closing_towards_a_peer_that_is_gone() -> None:
+    at_party, _ = shake()
+
+    class Broken:
+        closed = False
+
+        def send(self, record: bytes) -> None:
+            raise TransportError("gone")
+
+        def receive(self, timeout_s: float | None) -> bytes | None:
+            raise TransportError("gone")
+
+        def close(self) -> None:
+            self.closed = True
+
+    pipe = Broken()
+    rpc.Session(at_party, pipe).close()
+    assert pipe.closed
+
+
+def test_a_reply_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(lambda *_: {"b": bytes(300)})[0] as opened:
+        monkeypatch.setattr(rpc, "MAX_MESSAGE_BYTES", 200)
+        with pytest.raises(CloisterError, match="internal error"):
+            opened.request("x")
+
+
 GOOD_ERROR: dict[str, Any] = {"kind": "DataError", "code": "data", "message": "m", "where": "", "hint": ""}
 
 

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister.crypto.bundle import BundleHeader, BundleWriter, SealedReader, UnverifiedHeader, read_header
+from cloister.crypto.bundle import (
+    BundleHeader,
+    BundleWriter,
+    SealedReader,
+    UnverifiedHeader,
+    read_header,
+    verify_bundle,
+)
 from cloister.crypto.keys import DataKey, PartyKey
 from cloister.errors import CapacityError, DataError, VerificationError
 from tests.unit.crypto.bundles import CHUNK, JOB, PARTY, header, slow_read, verify, write
@@ -88,9 +95,10 @@ def test_a_parsed_header_has_the_same_bounds() -> None:
     """What the constructor refuses must not come in through bytes either."""
     good = UnverifiedHeader.sign(header(), KEY)
     bad = good.encoded.replace(b"hospital-a", b"../etc/pwd")
-    with pytest.raises(VerificationError) as refused:
-        UnverifiedHeader.parse(bad, good.signature)
-    assert refused.value.code == "header"
+    for encoded, signature in ((bad, good.signature), (good.encoded, b"short")):
+        with pytest.raises(VerificationError) as refused:
+            UnverifiedHeader.parse(encoded, signature)
+        assert refused.value.code == "header"
     with pytest.raises(ValueError, match="header has"):
         header(schema={"x": "y" * 70000}).to_bytes()
 
@@ -175,6 +183,25 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
     write(tmp_path / "b", b"x", KEY)
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_bundle_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_key = write(tmp_path / "b", b"x" * 100, KEY)
+    bundle = verify(tmp_path / "b", KEY)
+    with pytest.raises(VerificationError) as refused:
+        verify_bundle(bundle.path, job_id=JOB, party=PARTY, public_key=KEY.public, max_bytes=100)
+    assert refused.value.code == "size"
+    with SealedReader(bundle, data_key) as reader:
+
+        def failing(*_: object) -> int:
+            raise OSError(errno.EIO, "input/output error")
+
+        monkeypatch.setattr(reader, "_read_at", failing)
+        with pytest.raises(DataError, match="input/output"):
+            reader.read(0, 1)
+    bundle.path.unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        SealedReader(bundle, data_key)
 
 
 def test_reads_outside_the_payload(tmp_path: Path) -> None:

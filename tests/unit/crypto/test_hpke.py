@@ -1,5 +1,7 @@
 """Wrapping secrets to a public key."""
 
+import pickle
+
 import pytest
 
 from cloister.crypto.hpke import OVERHEAD_BYTES, PUBLIC_BYTES, HpkeKey, unwrap, wrap
@@ -47,4 +49,7 @@ def test_malformed_public_key(public: bytes) -> None:
 
 
 def test_does_not_print() -> None:
-    assert repr(HpkeKey.generate()) == "HpkeKey(***)"
+    key = HpkeKey.generate()
+    assert repr(key) == "HpkeKey(***)"
+    with pytest.raises(TypeError):
+        pickle.dumps(key)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cloister.crypto.bundle import IncomingBundle, IncomingStore, UnverifiedHeader, read_header
 from cloister.crypto.keys import PartyKey
-from cloister.errors import CapacityError, ProtocolError, VerificationError
+from cloister.errors import CapacityError, DataError, ProtocolError, VerificationError
 from tests.unit.crypto.bundles import JOB, PARTY, header, slow_read, write
 
 KEY = PartyKey.generate()
@@ -209,6 +209,19 @@ def test_disk_full_keeps_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
             incoming.feed(offset, sent.data[offset:])
     assert sent.begin(incoming) == offset + 150
     assert incoming.feed(offset + 150, sent.data[offset + 150 :])
+
+
+def test_a_folder_that_is_gone_and_a_part_that_cannot_be_read(tmp_path: Path) -> None:
+    sent = Sent(tmp_path)
+    gone = IncomingBundle(
+        tmp_path / "none" / "in", job_id=JOB, party=PARTY, public_key=KEY.public, max_payload_bytes=1 << 20
+    )
+    with pytest.raises(DataError, match="cannot write"):
+        sent.begin(gone)
+    incoming = receiver(tmp_path)
+    incoming.part.mkdir()
+    with pytest.raises(DataError, match="cannot read"):
+        sent.begin(incoming)
 
 
 def test_disk_full_at_the_very_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
