@@ -31,6 +31,8 @@ RECEIPT_LABEL = "receipt"
 COUNTERSIGN_LABEL = "receipt countersignature"
 VERSION = 1
 _MAX_BYTES = 64 << 20
+_MAX_TIME = 253_402_300_800
+"""The first second of the year 10000, where calendars of many programs end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +95,22 @@ class Receipt:
                 instance=Instance(**{k: bytes.fromhex(v) for k, v in content["instance"].items()}),
                 signature=bytes.fromhex(content["signature"]),
                 countersignatures={
-                    party: (int(entry["time"]), bytes.fromhex(entry["signature"]))
+                    party: (_time(entry["time"]), bytes.fromhex(entry["signature"]))
                     for party, entry in content["countersignatures"].items()
                 },
             )
             canonical = receipt.to_bytes()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
             raise ProtocolError("the receipt is malformed", where="receipt") from exc
         if canonical != unverified:
             raise ProtocolError("the receipt is not in its canonical form", where="receipt", hint="a byte was changed")
         return receipt
+
+
+def _time(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_TIME:
+        raise ValueError("not a time")
+    return value
 
 
 def body_bytes(body: Mapping[str, Any]) -> bytes:
@@ -215,7 +223,7 @@ class _Steps:
         except CloisterError as exc:
             self.add(name, str(exc), passed=False)
             return None
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             self.add(name, "the receipt's body is malformed here", passed=False)
             return None
         self.add(name, reason)

@@ -13,6 +13,7 @@ for the metrics that the job declares.
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
@@ -34,6 +35,7 @@ from cloister.attest.attester import Attester
 from cloister.attest.binding import instance_report_data
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
+from cloister.attest.verify import MAX_CLOCK_SKEW_S
 from cloister.crypto.bundle import IncomingStore, VerifiedBundle
 from cloister.crypto.encoding import Fields
 from cloister.crypto.hpke import HpkeKey
@@ -164,7 +166,7 @@ class EnclaveCore:
         fields.end()
         with self._news:
             self._news.wait_for(lambda: self._try_manifest() or self._failure is not None, wait_s)
-            self._raise_failure()
+            self._raise_failure(party)
             if self.manifest is None:
                 return {"manifest": b"", "missing": self._missing()}
             return {"manifest": self.manifest.to_bytes(), "missing": []}
@@ -201,7 +203,7 @@ class EnclaveCore:
         fields.end()
         with self._news:
             self._news.wait_for(lambda: len(self._events) > after or self.phase in ("finished", "failed"), wait_s)
-            self._raise_failure()
+            self._raise_failure(party)
             return {"phase": self.phase, "events": self._events[after : after + 256]}
 
     def _result(self, party: str, fields: Fields) -> dict[str, Any]:
@@ -220,6 +222,10 @@ class EnclaveCore:
         signature = fields.blob("signature", size=64)
         fields.end()
         outcome = self._finished(party)
+        # The evidence is appraised at the earliest of these times: one false date would spoil everybody's receipt.
+        if at < json.loads(outcome.receipt.body)["ended"] - MAX_CLOCK_SKEW_S:
+            hint = "set the party's clock"
+            raise ProtocolError("the countersignature is dated before the end of the run", where=party, hint=hint)
         message = countersign_message(outcome.receipt, at)
         verify_signature(self._parties[party].public_key, COUNTERSIGN_LABEL, message, signature, where=party)
         with self._news:
@@ -261,11 +267,6 @@ class EnclaveCore:
                 nonce=nonce,
             )
         )
-
-    def bundle_arrived(self) -> None:
-        """Tell waiting parties that the store has changed."""
-        with self._news:
-            self._news.notify_all()
 
     def wait_for_keys(self, timeout_s: float, on_change: Callable[[list[str]], None]) -> None:
         """Return when every party's data keys are here; the phase is then "training".
@@ -366,11 +367,15 @@ class EnclaveCore:
         return missing
 
     def _finished(self, party: str) -> Outcome:
-        self._raise_failure()
+        with self._news:
+            self._raise_failure(party)
         if self.outcome is None:
             raise ProtocolError("the job is not finished", where=party)
         return self.outcome
 
-    def _raise_failure(self) -> None:
+    def _raise_failure(self, party: str) -> None:
+        """Tell a party why the job has failed; there is nothing else it could wait for. Called with the lock held."""
         if self._failure is not None:
+            self._parties[party].left = True
+            self._news.notify_all()
             raise self._failure

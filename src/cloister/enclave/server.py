@@ -24,7 +24,7 @@ from cloister.crypto.encoding import Fields
 from cloister.enclave.core import EnclaveCore, Outcome
 from cloister.enclave.query import QueryService
 from cloister.enclave.work import train_and_score
-from cloister.errors import CloisterError, ProtocolError
+from cloister.errors import CloisterError, ProtocolError, RunError
 from cloister.jobfile import LoadedJob
 from cloister.model.anatomy import load_model, pick_device
 from cloister.model.cut import Latter
@@ -36,6 +36,8 @@ MAX_PAYLOAD_BYTES = 1 << 40
 """Largest bundle that an enclave takes; what a party declares in its signed header bounds it further."""
 PARTY_TIMEOUT_S = 24 * 3600.0
 """How long to wait for parties that have not come."""
+TELL_TIMEOUT_S = 5.0
+"""How long a failed enclave waits for parties to ask, so that they can be told why."""
 LEAVE_TIMEOUT_S = 600.0
 """How long finished results wait for parties to fetch them, unless the enclave is asked to serve."""
 
@@ -134,15 +136,20 @@ def _work(core: EnclaveCore, opened: OpenJob, queries: _LateQueries, progress: P
             latter = Latter(model, opened.resolved.cut)
         with task(progress, "waiting for parties") as waiting:
             core.wait_for_keys(PARTY_TIMEOUT_S, functools.partial(_note_missing, waiting))
-        _, outcome = train_and_score(
+        adapted, outcome = train_and_score(
             core, opened.resolved, latter, cache_bytes=job.enclave.cache_mib << 20, progress=progress
         )
+        # Answers are then those of the merged model that `export --merge` writes, bit for bit, and come faster.
+        adapted.merge_adapter()
         queries.service = QueryService(latter, job.inference, list(opened.parties))
         core.finish(outcome)
         return outcome
-    except CloisterError as error:
-        core.fail(error)
-        core.wait_until_left(5.0)
+    except Exception as error:
+        fault = RunError(
+            "an unexpected fault ended the enclave's work", where="enclave", hint="its operator knows more"
+        )
+        core.fail(error if isinstance(error, CloisterError) else fault)
+        core.wait_until_left(TELL_TIMEOUT_S)
         raise
 
 
