@@ -29,6 +29,8 @@ from cloister.model.anatomy import pick_device
 from cloister.progress import Event, Progress, task
 from cloister.report.model import JoinReport, RunReport
 
+_OTHER_VERSION = "the folder holds a run of this job with another model, policy or version of cloister"
+
 
 def run_job(
     loaded: LoadedJob, out: Path, *, serve: bool, command: str, progress: Progress, samples: int = 1
@@ -95,8 +97,7 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
     job = loaded.with_public_keys(keys).job
     policy = loaded.policy_file()
     if policy is None:
-        policy = out / "policy.toml"
-        policy.write_text(_simulated_policy(), encoding="utf-8")
+        policy = _made_up_policy(out)
     parties = [_with_paths(party, loaded) for party in job.party]
     attester = "simulated" if job.enclave.attester == "auto" else job.enclave.attester
     changes = {
@@ -110,6 +111,16 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
         raise UsageError("the folder holds a run of another job", where=str(out), hint="choose another --out")
     path.write_text(render_job(job), encoding="utf-8")
     return load_job(path)
+
+
+def _made_up_policy(out: Path) -> Path:
+    """A policy for this installation. One that a run was begun with is never replaced: its receipt needs it."""
+    path, text = out / "policy.toml", _simulated_policy()
+    if not (out / "job_id").exists():
+        path.write_text(text, encoding="utf-8")
+    elif not (out / "report.json").exists() and path.read_text(encoding="utf-8") != text:
+        raise UsageError(_OTHER_VERSION, where=str(out), hint="choose another --out")
+    return path
 
 
 def _with_paths(party: PartySection, loaded: LoadedJob) -> PartySection:
@@ -144,11 +155,7 @@ def _claim_folder(out: Path, opened: OpenJob) -> None:
     """A folder keeps one job id: bundles of another one cannot be continued."""
     path = out / "job_id"
     if path.exists() and path.read_text().strip() != opened.resolved.job_id:
-        raise UsageError(
-            "the folder holds a run of this job with another model, policy or version of cloister",
-            where=str(out),
-            hint="choose another --out",
-        )
+        raise UsageError(_OTHER_VERSION, where=str(out), hint="choose another --out")
     path.write_text(opened.resolved.job_id + "\n")
 
 

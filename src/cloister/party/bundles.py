@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister.crypto.bundle import BundleHeader, BundleWriter, VerifiedBundle, verify_bundle
+from cloister.crypto.bundle import BundleHeader, BundleWriter, SealedReader, VerifiedBundle, verify_bundle
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey
 from cloister.data.packing import Pack
 from cloister.data.payload import max_payload_bytes, write_payload
@@ -120,6 +120,9 @@ def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path) ->
             kind: verify_bundle(folder / f"{kind}.bundle", job_id=resolved.job_id, party=party, public_key=key.public)
             for kind in kinds
         }
+        for kind, bundle in bundles.items():
+            with SealedReader(bundle, data_keys[kind]) as reader:
+                reader.read(0, 1)  # the key file is this bundle's
     except (OSError, ValueError, KeyError, TypeError, CloisterError):
         return None
     return SealedParty(bundles=bundles, data_keys=data_keys, records=counts["records"], truncated=counts["truncated"])
