@@ -58,8 +58,10 @@ def upload(
     timeout_s: float = CONNECT_TIMEOUT_S,
     stall_timeout_s: float = 60.0,
     max_retries: int = MAX_RETRIES,
-) -> None:
+) -> int:
     """Send a finished bundle. After a broken connection, go on at the offset that the enclave names.
+
+    Returns: bytes of the file that this call sent; 0 if the enclave had them all.
 
     Args:
         timeout_s: for each short request. stall_timeout_s: how long the enclave may take no bytes.
@@ -72,11 +74,12 @@ def upload(
         unverified, size = read_header(path), path.stat().st_size
     except OSError as exc:
         raise DataError(f"cannot read the bundle: {exc.strerror}", where=str(path)) from exc
-    attempt, best = 0, -1
+    attempt, best, first = 0, -1, -1
     while True:
         try:
             with _channel(address) as channel:
                 complete, offset = _ask_offset(channel, unverified, timeout_s)
+                first = offset if first < 0 else first
                 if offset > best:
                     attempt, best = 0, offset
                 if not complete:
@@ -84,7 +87,7 @@ def upload(
             if complete:
                 if on_progress is not None:
                     on_progress(size, size)
-                return
+                return size - first
             error: CloisterError = ProtocolError("the enclave took the whole bundle for incomplete", where=address)
         except grpc.RpcError as exc:
             error = reported(exc, address=address)

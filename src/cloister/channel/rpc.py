@@ -51,6 +51,9 @@ class Session:
         self._pipe = pipe
         self._lock = threading.Lock()
         self._next_id = 0
+        self.bytes_sent = 0
+        """Bytes of records, for reports; the handshake and the carrier's own are not counted."""
+        self.bytes_received = 0
         self._closed = False
 
     @property
@@ -84,6 +87,7 @@ class Session:
             try:
                 for record in self._established.sealer.seal(message):
                     self._pipe.send(record)
+                    self.bytes_sent += len(record)
                 fields = self._reply(timeout_s)
                 fields.integer("id", low=self._next_id, high=self._next_id)
                 succeeded = fields.boolean("ok")
@@ -124,6 +128,7 @@ class Session:
             if record is None:
                 opener.end_of_stream()
                 raise ProtocolError("the enclave closed the session instead of answering")
+            self.bytes_received += len(record)
             message = opener.feed(record)
             if message is not None:
                 return Fields.decode(message, max_bytes=MAX_MESSAGE_BYTES, max_items=MAX_ITEMS, what="reply")

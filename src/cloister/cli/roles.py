@@ -23,6 +23,7 @@ from cloister.cli.options import (
 from cloister.cli.output import emit, note
 from cloister.cli.progress import open_progress
 from cloister.jobfile import load_job
+from cloister.methods.processes import end_with_parent
 
 
 def demo(
@@ -40,7 +41,7 @@ def demo(
       cloister demo
       cloister demo --out runs/demo --json
     """
-    from cloister.methods.demo import run_demo  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    from cloister.methods.demo import run_demo
 
     with open_progress(progress) as reporter:
         report = run_demo(out, command=_command_line(), progress=reporter)
@@ -66,7 +67,7 @@ def run(
       cloister run examples/medical/job.toml --out runs/medical --json
     """
     loaded = load_job(job)
-    from cloister.methods.local import run_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    from cloister.methods.local import run_job
 
     with open_progress(progress) as reporter:
         report = run_job(loaded, out, serve=serve, command=_command_line(), progress=reporter)
@@ -82,6 +83,7 @@ def enclave(
     out: OutFolder,
     insecure_simulated: InsecureSimulated = False,
     serve: Serve = False,
+    as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
     """Run the enclave of a job.
@@ -95,10 +97,14 @@ def enclave(
     """
     loaded = load_job(job)
     loaded.require_public_keys()
-    from cloister.enclave.server import serve_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    end_with_parent()
+    from cloister.enclave.server import serve_job
 
     with open_progress(progress) as reporter:
-        serve_job(loaded, out, listen=listen, insecure_simulated=insecure_simulated, serve=serve, progress=reporter)
+        report = serve_job(
+            loaded, out, listen=listen, insecure_simulated=insecure_simulated, serve=serve, progress=reporter
+        )
+    emit(report, as_json)
 
 
 def join(
@@ -108,6 +114,9 @@ def join(
     key: KeyFile,
     out: OutFolder,
     insecure_simulated: InsecureSimulated = False,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Answer this many own test prompts with the tuned model.")
+    ] = 0,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
@@ -126,11 +135,19 @@ def join(
     from cloister.crypto.keys import PartyKey
 
     signing = PartyKey.load(key)
-    from cloister.party.client import join_job  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    end_with_parent()
+    from cloister.party.join import join_job
 
     with open_progress(progress) as reporter:
         report = join_job(
-            loaded, party, signing, out, enclave=enclave, insecure_simulated=insecure_simulated, progress=reporter
+            loaded,
+            party,
+            signing,
+            out,
+            enclave=enclave,
+            insecure_simulated=insecure_simulated,
+            progress=reporter,
+            samples=samples,
         )
     emit(report, as_json)
 
