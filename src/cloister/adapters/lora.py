@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -13,11 +11,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from cloister.adapters.files import CONFIG, WEIGHTS, adapter_sha256, write_adapter
 from cloister.errors import AdapterError
 from cloister.job import AdapterSection
 from cloister.model.cut import Whole
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "adapter_config",
+    "adapter_files",
+    "adapter_sha256",
+    "adapter_state",
+    "add_lora",
+    "load_adapter_weights",
+    "write_adapter",
+]
 
 
 def add_lora(half: Whole, section: AdapterSection, *, first_layer: int, seed: int) -> PeftModel:
@@ -87,26 +96,6 @@ def adapter_files(adapted: PeftModel, base_model: str) -> dict[str, bytes]:
     """The files of a standard PEFT folder, as bytes: the same adapter gives the same bytes."""
     config = json.dumps(adapter_config(adapted, base_model), indent=2, sort_keys=True) + "\n"
     return {CONFIG: config.encode(), WEIGHTS: bytes(safetensors.torch.save(adapter_state(adapted), {"format": "pt"}))}
-
-
-def adapter_sha256(files: dict[str, bytes]) -> str:
-    """SHA-256 over the canonical configuration and the weights, hex. The base model's local path is left out."""
-    config = json.loads(files[CONFIG])
-    config.pop("base_model_name_or_path", None)
-    digest = hashlib.sha256()
-    for part in (json.dumps(config, sort_keys=True, separators=(",", ":")).encode(), files[WEIGHTS]):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def write_adapter(files: dict[str, bytes], folder: Path) -> None:
-    """Write a PEFT folder; existing files are replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        part = folder / f".{name}.part"
-        part.write_bytes(content)
-        part.replace(folder / name)
 
 
 def load_adapter_weights(adapted: PeftModel, state: dict[str, Tensor]) -> None:

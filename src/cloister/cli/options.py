@@ -15,6 +15,10 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.
 RunFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A run folder, as `cloister run` writes it.", show_default=False)
 ]
+ResultsFolder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A run folder, or the folder that a party joined with.", show_default=False),
+]
 OutFolder = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Run folder to write or to continue.", show_default=False)
 ]
@@ -41,6 +45,15 @@ ShowProgress = Annotated[
     ProgressMode,
     typer.Option("--progress", envvar="CLOISTER_PROGRESS", hidden=True, help="json is for a parent process."),
 ]
+
+
+def results_folder(folder: Path) -> Path:
+    """The folder of a run that has ended, or of one party that joined to the end.
+
+    Raises:
+        UsageError: see `finished_run`.
+    """
+    return folder if (folder / "join.json").is_file() else finished_run(folder)
 
 
 def finished_run(folder: Path) -> Path:

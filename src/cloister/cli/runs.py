@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from cloister.cli.options import AsJson, InsecureSimulated, JobFile, RunFolder, ShowProgress, finished_run
+from cloister.cli.options import (
+    AsJson,
+    InsecureSimulated,
+    JobFile,
+    ResultsFolder,
+    ShowProgress,
+    finished_run,
+    results_folder,
+)
 from cloister.cli.output import emit
 from cloister.cli.progress import open_progress
 from cloister.jobfile import load_job
@@ -46,15 +54,16 @@ def verify(
 ) -> None:
     """Check a run's receipt, off-line.
 
-    Checks evidence, signatures, manifest and adapter. Without a policy of your own, only the integrity of the files
-    is checked, and the exit code is 3.
+    Checks evidence, signatures, manifest, adapter and report in numbered steps. Exit code 0 means: an enclave that
+    your policy accepts made exactly this. Without a policy of your own, only the integrity of the files is checked,
+    and the exit code is 3, as it is when a step fails.
 
     \b
     Examples:
       cloister verify runs/one --policy policy.toml
       cloister verify demo-run --insecure-simulated
     """
-    from cloister.methods.verify import verify_run  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    from cloister.methods.verify import verify_run
 
     report = verify_run(path, policy=policy, insecure_simulated=insecure_simulated)
     emit(report, as_json)
@@ -62,15 +71,18 @@ def verify(
         raise typer.Exit(EXIT_NOT_VERIFIED)
 
 
-def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
+def evaluate(run: ResultsFolder, as_json: AsJson = False) -> None:
     """Print the scores of a run, with intervals.
+
+    All systems that the run compared, per party and task, with 95 % intervals. A party's folder holds the scores of
+    its own test set.
 
     \b
     Examples:
       cloister evaluate runs/one
     """
-    folder = finished_run(run)
-    from cloister.methods.evaluate import evaluate_run  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    folder = results_folder(run)
+    from cloister.methods.evaluate import evaluate_run
 
     emit(evaluate_run(folder), as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import singledispatch
 
 from rich.console import Group, RenderableType
@@ -25,7 +26,8 @@ from cloister.report.model import (
 )
 from cloister.report.terminal import alarm, compare_view, run_view
 
-_STATUS = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "yellow"}
+_STATUS = {"ok": "green", "warn": "yellow", "fail": "red", "failed": "bold red", "skipped": "yellow"}
+_VERDICT = {"verified": "bold green", "refused": "bold red"}
 
 
 @singledispatch
@@ -41,7 +43,7 @@ def _(output: RunReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: EvaluateReport, width: int) -> RenderableType:
-    table = _scores_table(output.source, [(output.system, row) for row in output.results])
+    table = _scores_table(output.source, [(row.system, row) for row in output.results])
     return Group(table, *_warnings(output.warnings))
 
 
@@ -82,12 +84,33 @@ def _(output: DoctorReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: VerifyReport, width: int) -> RenderableType:
-    table = _table(output.path, ["check", "", "detail"])
+    table = _table(output.path, ["", "check", "", "detail"])
     for check in output.checks:
-        _add_row(table, check.name, Text(check.status, style=_STATUS[check.status]), Text(check.detail))
-    verdict = Text(output.verdict, style="bold green" if output.verdict == "verified" else "bold yellow")
-    signers = Text(f"job {output.job_id}, signed by {', '.join(output.signers) or 'nobody'}")
-    return Group(table, *_banner(output.attestation), signers, verdict, *_warnings(output.warnings))
+        status = Text(check.status, style=_STATUS[check.status])
+        _add_row(table, f"{check.n:2}", check.name, status, Text(check.detail))
+    parts: list[RenderableType] = [table]
+    if output.attestation is not None:
+        parts += _banner(output.attestation)
+    parts.append(Text(f"policy: {output.policy}"))
+    if output.job_id is not None:
+        parts.append(Text(f"job {output.job_id}\nadapter {output.adapter_sha256}"))
+    parts.append(Text(_verdict(output), style=_VERDICT.get(output.verdict, "bold yellow")))
+    parts += [Text(f"  {s.party}: key {s.public_key_fingerprint}, {_time(s.vouched_at)}") for s in output.signers]
+    return Group(*parts, *_warnings(output.warnings))
+
+
+def _verdict(output: VerifyReport) -> str:
+    if output.valid_at is None:
+        failed = ", ".join(f"{check.n} ({check.name})" for check in output.checks if check.status == "failed")
+        return f"REFUSED: failed in step {failed}"
+    names = ", ".join(signer.party for signer in output.signers)
+    if output.verdict == "verified":
+        return f"verified: valid at {_time(output.valid_at)}, vouched for by {names}"
+    return f"{output.verdict}; vouched for by the keys of {names}"
+
+
+def _time(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 @render.register

@@ -54,7 +54,7 @@ def load_run(folder: Path, system: System = "cloister") -> ScoredRun:
         DataError: the report or a party's scores are missing or malformed.
     """
     report = RunReport.read(folder / "report.json")
-    scores = {party.name: _load_scores(scores_path(folder, party.name, system)) for party in report.parties}
+    scores = {party.name: load_scores(scores_path(folder, party.name, system)) for party in report.parties}
     return ScoredRun(path=str(folder), report=report, system=system, scores=scores)
 
 
@@ -213,7 +213,12 @@ def _reference(run: ScoredRun) -> RunRef:
     )
 
 
-def _load_scores(path: Path) -> Scores:
+def load_scores(path: Path) -> Scores:
+    """A file of per-example scores.
+
+    Raises:
+        DataError: it is missing, malformed, or holds what no scoring can give.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:

@@ -277,7 +277,7 @@ class RunReport(Versioned):
     comparisons: list[Comparison] = []
     wire: Wire
     timing: dict[str, Seconds]
-    """Seconds per phase, in order."""
+    """Seconds per phase. Phases may overlap: baselines are trained beside the rest. "total" is wall-clock time."""
     training: Training
     curves: dict[str, list[CurvePoint]] = {}
     """By label: "cloister", "central", "local:NAME"."""
@@ -324,13 +324,12 @@ class EnclaveReport(Versioned):
 
 
 class EvaluateReport(Versioned):
-    """`cloister evaluate`: one system's scores on some test sets."""
+    """`cloister evaluate`: the scores of all systems of a finished run, from its per-example scores."""
 
     source: str
-    """The run folder, adapter folder or model folder that was scored."""
-    job_id: Sha256 | None
-    system: str
-    results: list[Scored]
+    """The run folder, or one party's folder: that holds the party's own test set only."""
+    job_id: Sha256
+    results: list[ResultRow]
     warnings: list[str] = []
 
 
@@ -408,26 +407,51 @@ class DoctorReport(Versioned):
 
 
 class VerifyCheck(Part):
-    """One numbered step of a verification."""
+    """One numbered step of a verification; a step has the same number in every report."""
 
+    n: Annotated[int, Field(ge=1)]
     name: str
-    status: Literal["ok", "skipped"]
-    """A step that fails ends the command with an error instead; "skipped" says in `detail` what was not known."""
-    detail: str = ""
+    status: Literal["ok", "failed", "skipped"]
+    detail: str
+    """What was found, or why the step was skipped."""
+
+
+class Signer(Part):
+    """A party whose signatures on job, manifest and receipt hold."""
+
+    party: str
+    public_key_fingerprint: str
+    """Compare it with what the party told you by another way."""
+    vouched_at: AwareDatetime
+    """When it verified the enclave live and countersigned the receipt."""
 
 
 class VerifyReport(Versioned):
     """`cloister verify`: an offline check of a run's receipt."""
 
     path: str
-    verdict: Literal["verified", "integrity only, origin not verified"]
-    job_id: Sha256
-    adapter_sha256: Sha256
-    attestation: Attestation
-    signers: list[str]
-    """Parties whose signatures on manifest and receipt were checked."""
+    verdict: Literal["verified", "integrity only, origin not verified", "refused"]
+    """With "integrity only" nothing was altered, but no policy said which enclave may have made it."""
+    policy: str
+    """The policy that the evidence was judged by; "none" without one."""
+    valid_at: AwareDatetime | None
+    """The time for which the evidence was judged: when the first party vouched for the enclave. Null if refused."""
+    job_id: Sha256 | None
+    """Null where the receipt cannot be read."""
+    adapter_sha256: Sha256 | None
+    attestation: Attestation | None
+    """Null unless the evidence was verified."""
+    signers: list[Signer]
     checks: list[VerifyCheck]
     warnings: list[str] = []
+
+
+class Alternative(Part):
+    """A token that the model might have continued with."""
+
+    text: str
+    logprob: float
+    """Natural logarithm of its probability."""
 
 
 class Generated(Part):
@@ -436,8 +460,11 @@ class Generated(Part):
     prompt: str
     response: str
     tokens: Count
+    token_ids: list[int] = []
     finish: Literal["end", "length", "quota"]
     seconds: Seconds
+    alternatives: list[list[Alternative]] = []
+    """For each token of the response the likeliest ones, itself first, where the job returns "top-k"."""
 
 
 class GenerateReport(Versioned):
