@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cloister.cli.options import AsJson, InsecureSimulated, PartyName, RunFolder, ShowProgress, finished_run
+from cloister.cli.options import AsJson, InsecureSimulated, PartyName, ResultsFolder, ShowProgress, results_folder
 from cloister.cli.output import emit
 from cloister.cli.progress import open_progress
 from cloister.errors import UsageError
@@ -17,33 +17,39 @@ from cloister.report.model import GenerateReport
 
 
 def export(
-    run: RunFolder,
+    run: ResultsFolder,
     to: Annotated[
         Path, typer.Option("--to", metavar="FOLDER", help="Folder to write; must be new or empty.", show_default=False)
     ],
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
     ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="FOLDER", help="With --merge: the base model, if DIR does not name it."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the adapter, or the merged model.
 
     The adapter becomes a PEFT folder; merged into the base, the whole model becomes a Hugging Face folder. The
-    job's [release] must name somebody: an adapter that never left the enclave cannot be exported.
+    job's [release] must name somebody: an adapter that never left the enclave cannot be exported. Everything is
+    checked against the run's receipt first.
 
     \b
     Examples:
       cloister export runs/one --to adapter
       cloister export runs/one --to tuned-model --merge
+      cloister export north-folder --to tuned-model --merge --model models/base
     """
-    folder = finished_run(run)
+    folder = results_folder(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(
             "the target is not an empty folder", where=str(to), hint="name a new one; nothing is overwritten"
         )
-    from cloister.methods.export import export_run  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+    from cloister.methods.export import export_run
 
-    emit(export_run(folder, to, merge=merge), as_json)
+    emit(export_run(folder, to, merge=merge, model=model), as_json)
 
 
 def generate(
@@ -65,13 +71,15 @@ def generate(
         str | None, typer.Option("--enclave", metavar="HOST:PORT", help="Address of the enclave.")
     ] = None,
     key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="The party's private key.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are, without the job's template.")] = False,
     insecure_simulated: InsecureSimulated = False,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
     """Answer prompts with the tuned model.
 
-    Former layers run here, latter layers in the enclave: the tuned model stays where it was trained.
+    Former layers run here, latter layers in the enclave: the tuned model stays where it was trained. Answers are
+    greedy. Prompts are put into the job's [data] template.
 
     \b
     Examples:
@@ -84,7 +92,7 @@ def generate(
             where=str(target),
             hint="give JOB.toml to ask an enclave on another machine; leave the options out for a run of this machine",
         )
-    if not target.is_dir() and not (enclave and key):
+    if not target.is_dir() and (enclave is None or key is None):
         raise UsageError(
             "a job file needs --enclave and --key",
             where=str(target),
@@ -93,13 +101,13 @@ def generate(
     prompts = prompt or [_read_prompt()]
     with open_progress(progress) as reporter:
         report: GenerateReport
-        if target.is_dir():
-            from cloister.methods.generate import generate_local  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+        if enclave is None or key is None:
+            from cloister.methods.generate import generate_local
 
-            report = generate_local(target, party, prompts, max_new_tokens=max_new_tokens, progress=reporter)
+            report = generate_local(target, party, prompts, max_new_tokens=max_new_tokens, raw=raw, progress=reporter)
         else:
             from cloister.crypto.keys import PartyKey
-            from cloister.party.generate import generate_remote  # type: ignore[import-not-found, attr-defined, unused-ignore]  # later
+            from cloister.party.ask import generate_remote
 
             loaded = load_job(target)
             loaded.require_public_keys()
@@ -107,11 +115,12 @@ def generate(
             report = generate_remote(
                 loaded,
                 party,
-                PartyKey.load(str(key)),
+                PartyKey.load(key),
                 prompts,
                 enclave=enclave,
                 max_new_tokens=max_new_tokens,
                 insecure_simulated=insecure_simulated,
+                raw=raw,
                 progress=reporter,
             )
     emit(report, as_json)

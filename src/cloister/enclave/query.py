@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,24 +29,36 @@ from cloister.model.cut import Latter
 
 MAX_OPEN_QUERIES = 4
 """Per party: each holds a key-value cache."""
+IDLE_S = 60.0
+"""A query that nobody has continued for this long makes room for a new one of its party: whoever lost the connection
+could not close it."""
 
 
 @dataclass
 class _Query:
     party: str
     cache: DynamicCache
+    used_at: float
     length: int = 0
 
 
 class QueryService:
     """Answers queries one at a time. `latter` must be in evaluation mode and not be trained meanwhile."""
 
-    def __init__(self, latter: Latter, rules: InferenceSection, parties: list[str]) -> None:
+    def __init__(
+        self,
+        latter: Latter,
+        rules: InferenceSection,
+        parties: list[str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._latter = latter
         self._rules = rules
         allowed = parties if rules.allow == "all" else [] if rules.allow == "none" else rules.allow
         self._quota = dict.fromkeys(allowed, rules.quota_tokens)
         self._queries: dict[bytes, _Query] = {}
+        self._clock = clock
         self._lock = threading.Lock()
         self._methods: dict[str, Callable[[str, Fields], dict[str, Any]]] = {
             "query.open": self._open,
@@ -70,10 +83,15 @@ class QueryService:
 
     def _open(self, party: str, fields: Fields) -> dict[str, Any]:
         fields.end()
-        if sum(q.party == party for q in self._queries.values()) >= MAX_OPEN_QUERIES:
-            raise CapacityError(f"{MAX_OPEN_QUERIES} queries are open", where=party, hint="close one first")
+        own = [name for name, query in self._queries.items() if query.party == party]
+        if len(own) >= MAX_OPEN_QUERIES:
+            longest_idle = min(own, key=lambda name: self._queries[name].used_at)
+            if self._clock() - self._queries[longest_idle].used_at < IDLE_S:
+                hint = f"wait for one to end; one that stands still for {IDLE_S:g} s is dropped"
+                raise CapacityError(f"{MAX_OPEN_QUERIES} queries are open", where=party, hint=hint)
+            del self._queries[longest_idle]
         name = secrets.token_bytes(16)
-        self._queries[name] = _Query(party, self._latter.new_cache())
+        self._queries[name] = _Query(party, self._latter.new_cache(), self._clock())
         return {"id": name}
 
     def _close(self, party: str, fields: Fields) -> dict[str, Any]:
@@ -98,6 +116,9 @@ class QueryService:
             hidden_TD = self._latter.hidden(activation_TD.to(self._latter.device), position_T, None, query.cache)
             logits_V = self._latter.logits(hidden_TD[-1:])[0].float()
         query.length += len(activation_TD)
+        query.used_at = self._clock()
+        if not bool(torch.isfinite(logits_V).all()):
+            raise ProtocolError("these activations give logits that are not finite", where=party)
         count = 1 if self._rules.returns == "token" else self._rules.top_k
         top = torch.log_softmax(logits_V, -1).topk(count)
         logprobs = top.values.tolist() if self._rules.returns == "top-k" else []
