@@ -3,7 +3,7 @@
 1. verify the enclave's instance keys against the party's own policy
 2. approve the job
 3. send the bundles (what has arrived before is not sent again)
-4. wait for the manifest, check it, sign it
+4. wait for the manifest, check it, remember it, sign it
 5. release the data keys to this instance, for this manifest
 6. follow the training
 7. take results, verify the receipt, countersign it
@@ -12,12 +12,15 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from cloister.adapters.files import CONFIG, WEIGHTS, file_hashes
 from cloister.agreement import (
     APPROVAL_LABEL,
     KEYS_LABEL,
@@ -40,6 +43,9 @@ from cloister.errors import ProtocolError, VerificationError
 from cloister.party.bundles import SealedParty
 
 WAIT_MS = 15_000
+COUNTERSIGN_WAIT_S = 300.0
+"""How long to wait for the other parties' countersignatures: a party that never comes back must not cost the rest
+their results."""
 
 
 class Requests(Protocol):
@@ -60,18 +66,26 @@ class VerifiedInstance:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a party has at the end. `adapter` is empty unless the job releases it to this party."""
+    """What a party has at the end. `adapter` is empty unless the job releases it to this party.
+
+    `complete` says whether all parties have countersigned the receipt.
+    """
 
     declared: dict[str, Any]
     scores: dict[str, str]
     adapter: dict[str, bytes]
     receipt: Receipt
+    complete: bool
     claims: Claims
 
 
 @dataclass(kw_only=True)
 class PartyClient:
-    """One party in one job."""
+    """One party in one job.
+
+    Args:
+        memory: file that keeps the manifest which this party has signed, across restarts of either side.
+    """
 
     job_id: str
     name: str
@@ -79,6 +93,7 @@ class PartyClient:
     parties: Mapping[str, bytes]
     policy: AppraisalPolicy
     allow_simulated: bool
+    memory: Path
     clock: Callable[[], float] = time.time
 
     def take_part(
@@ -135,7 +150,30 @@ class PartyClient:
         manifest = Manifest.from_bytes(encoded)
         own = {kind: bundle.commitment for kind, bundle in sealed.bundles.items()}
         manifest.check(job_id=self.job_id, claims=instance.claims, party=self.name, own=own, parties=self.parties)
+        self._remember(encoded)
         return manifest
+
+    def _remember(self, manifest: bytes) -> None:
+        """Keep the one manifest of this job; another one, from whatever instance, is refused.
+
+        Data keys given for two manifests would let the others train twice, with and without some bundle, and learn
+        from the difference.
+        """
+        if self.memory.exists():
+            if self.memory.read_bytes() != manifest:
+                raise VerificationError(
+                    "manifest-changed",
+                    "this party has signed another manifest for this job before",
+                    where=str(self.memory),
+                    hint="a job is trained once, on the bundles first agreed on; for other bundles make another job",
+                )
+            return
+        part = self.memory.with_name(self.memory.name + ".part")
+        with part.open("wb") as file:
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.memory)
 
     def _release_keys(
         self, session: Requests, instance: VerifiedInstance, sealed: SealedParty, manifest: Manifest
@@ -175,23 +213,44 @@ class PartyClient:
         declared = _json_object(fields.blob("declared", max_size=64 << 20))
         scores = {str(k): str(v) for k, v in fields.table("scores").items()}
         adapter = fields.table("adapter")
-        if not all(isinstance(content, bytes) for content in adapter.values()):
-            raise ProtocolError("the adapter's files are not bytes", where="result")
         receipt = Receipt.from_bytes(fields.blob("receipt", max_size=64 << 20))
-        self._countersign(session, instance, receipt)
-        complete = False
-        while not complete:
+        self._check_instance(instance, receipt)
+        self._check_receipt(receipt, complete=False)
+        _check_contents(json.loads(receipt.body), declared, adapter)
+        self._countersign(session, receipt)
+        receipt, complete = self._await_countersignatures(session, receipt.body_sha256)
+        return Results(
+            declared=declared,
+            scores=scores,
+            adapter=adapter,
+            receipt=receipt,
+            complete=complete,
+            claims=instance.claims,
+        )
+
+    def _await_countersignatures(self, session: Requests, body_sha256: bytes) -> tuple[Receipt, bool]:
+        """(receipt, whether all parties have countersigned it) once they have, or after COUNTERSIGN_WAIT_S."""
+        deadline = time.monotonic() + COUNTERSIGN_WAIT_S
+        while True:
             reply = Fields(session.request("receipt", {"wait_ms": WAIT_MS}), "receipt reply")
             receipt = Receipt.from_bytes(reply.blob("receipt", max_size=64 << 20))
             complete = reply.boolean("complete")
-        self._check_receipt(receipt, complete=True)
-        return Results(declared=declared, scores=scores, adapter=adapter, receipt=receipt, claims=instance.claims)
+            if complete or time.monotonic() > deadline:
+                break
+        if receipt.body_sha256 != body_sha256:
+            raise VerificationError("receipt-body", "the receipt changed after this party signed it", where="receipt")
+        self._check_receipt(receipt, complete=complete)
+        return receipt, complete
 
-    def _countersign(self, session: Requests, instance: VerifiedInstance, receipt: Receipt) -> None:
-        """Vouch for the receipt of the very instance that this party verified live."""
+    def _check_instance(self, instance: VerifiedInstance, receipt: Receipt) -> None:
+        """A party vouches for the very instance that it has verified live."""
         if (receipt.instance.id, receipt.instance.signing_key) != (instance.id, instance.signing_key):
             raise VerificationError("receipt-instance", "the receipt is of another instance", where="receipt")
-        self._check_receipt(receipt, complete=False)
+        body = json.loads(receipt.body)
+        if body.get("job_id") != self.job_id or body.get("manifest") != self.memory.read_bytes().hex():
+            raise VerificationError("receipt-manifest", "the receipt is of another job or manifest", where="receipt")
+
+    def _countersign(self, session: Requests, receipt: Receipt) -> None:
         at = int(self.clock())
         signature = self.key.sign(COUNTERSIGN_LABEL, countersign_message(receipt, at))
         session.request("countersign", {"time": at, "signature": signature})
@@ -203,6 +262,18 @@ class PartyClient:
         failed = [c for c in verdict.checks if not c.passed and (complete or c.name != "countersignatures")]
         if failed:
             raise VerificationError("receipt", f"{failed[0].name}: {failed[0].reason}", where="receipt")
+
+
+def _check_contents(body: Mapping[str, Any], declared: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:
+    """What came with the receipt is what the receipt speaks of."""
+    if declared.get("results") != body.get("metrics"):
+        raise VerificationError("receipt-metrics", "the metrics are not those of the receipt", where="receipt")
+    if not adapter:
+        return
+    if set(adapter) != {CONFIG, WEIGHTS} or not all(isinstance(content, bytes) for content in adapter.values()):
+        raise ProtocolError("the adapter is not one weights file and one configuration", where="result")
+    if file_hashes(adapter) != body.get("adapter_files"):
+        raise VerificationError("receipt-adapter", "the adapter is not the one in the receipt", where="receipt")
 
 
 def _json_object(unverified: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cloister.adapters.lora import write_adapter
+from cloister.adapters.files import write_adapter
 from cloister.agreement.job import OpenJob, open_job
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
@@ -30,7 +30,7 @@ from cloister.model.anatomy import load_model, load_tokenizer, pick_device
 from cloister.model.cut import Former
 from cloister.party.bundles import SealedParty, seal_party
 from cloister.party.client import PartyClient, Results
-from cloister.party.generate import generate, prompt_ids
+from cloister.party.generate import as_trained, generate, prompt_ids, stop_ids
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
 from cloister.report.model import (
@@ -49,6 +49,8 @@ RECONNECT_S = 300.0
 
 _ANSWER_TOKENS, _LOOKED_AT = 48, 200
 """Length of a sample answer, and among how many test records samples are chosen."""
+_QUOTA_SHARE = 10
+"""Samples are made only if they use up at most this fraction (1/10) of the party's quota."""
 
 
 def join_job(
@@ -80,7 +82,7 @@ def join_job(
     if loaded.job.enclave.threads is not None:
         torch.set_num_threads(loaded.job.enclave.threads)
     sealed = seal_party(opened.resolved, party, key, out / "bundles", device=device, progress=progress)
-    timing["former layers and sealing"] = time.monotonic() - started
+    timing["former layers"] = time.monotonic() - started
     client = PartyClient(
         job_id=opened.resolved.job_id,
         name=party,
@@ -88,12 +90,15 @@ def join_job(
         parties=opened.parties,
         policy=opened.policy,
         allow_simulated=insecure_simulated,
+        memory=out / "manifest.cbor",
     )
     counter = _Counter()
     results = _with_reconnect(
         lambda: _take_part(client, opened, sealed, enclave, insecure_simulated, counter, timing, progress, out, samples)
     )
-    return _report(opened, party, sealed, results, counter, timing, out)
+    report = _report(opened, party, sealed, results, counter, timing, out)
+    (out / "join.json").write_text(report.to_json(), encoding="utf-8")
+    return report
 
 
 class _Counter:
@@ -199,19 +204,25 @@ def _keep(out: Path, results: Results) -> None:
 def _answer_samples(session: Session, opened: OpenJob, party: str, count: int, out: Path, progress: Progress) -> None:
     """Answer some of the party's own test prompts with the tuned model, for the report."""
     job, loaded = opened.resolved.job, opened.resolved.loaded
-    if job.inference.allow == "none" or (job.inference.allow != "all" and party not in job.inference.allow):
+    rules = job.inference
+    if rules.allow == "none" or (rules.allow != "all" and party not in rules.allow):
+        return
+    if rules.quota_tokens < _QUOTA_SHARE * count * _ANSWER_TOKENS:  # a small quota is for the party's own questions
         return
     with task(progress, "sample answers", total=count):
         former, tokenizer = former_half(opened)
+        stops = stop_ids(opened.resolved.model.folder, tokenizer)
         answered = []
         records = [
             r
             for r in load_records(loaded.data_file(party, "test"), job.data.format)[:_LOOKED_AT]
             if isinstance(r.prompt, str)
-            and len(prompt_ids(tokenizer, r.prompt)) + _ANSWER_TOKENS <= job.training.max_tokens
+            and len(prompt_ids(tokenizer, as_trained(job.data, tokenizer, r.prompt))) + _ANSWER_TOKENS
+            <= job.training.max_tokens
         ]
         for record in _spread(records, count):
-            answer = generate(session, former, tokenizer, str(record.prompt), max_new_tokens=_ANSWER_TOKENS)
+            prompt = as_trained(job.data, tokenizer, str(record.prompt))
+            answer = generate(session, former, tokenizer, prompt, stops=stops, max_new_tokens=_ANSWER_TOKENS)
             answered.append(
                 Sample(party=party, prompt=str(record.prompt), response=answer.text, reference=record.response)
             )
@@ -261,4 +272,5 @@ def _report(
         adapter_sha256=json.loads(results.receipt.body)["adapter_sha256"],
         released=bool(results.adapter),
         receipt=ReceiptRef(path=str(out / "receipt.json"), sha256=hashlib.sha256(receipt).hexdigest()),
+        warnings=[] if results.complete else [f"{party}: not every party has countersigned the receipt"],
     )
