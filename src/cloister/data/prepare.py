@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from cloister.data.packing import Pack, pack_documents
 from cloister.data.records import Record, load_records
 from cloister.data.tokens import Encoder, Example, Truncation
+from cloister.errors import DataError
 from cloister.job import Job
 
 KINDS = ("train", "validation", "test")
@@ -38,10 +39,14 @@ def prepare(job: Job, tokenizer: PreTrainedTokenizerBase, train: Path, test: Pat
     """Read, tokenise and pack a party's files. Depends on the files and the job alone.
 
     Raises:
-        DataError: a file or record is malformed.
+        DataError: a file or record is malformed, or there are too few.
     """
     encoder = Encoder(tokenizer=tokenizer, settings=job.data, max_tokens=job.training.max_tokens)
-    training, validation = _hold_out(load_records(train, job.data.format), job)
+    records = load_records(train, job.data.format)
+    if job.data.validation > 0 and len(records) < 2:
+        hint = "give more records, or set validation = 0 in the job"
+        raise DataError("one record is too few to keep some for validation", where=str(train), hint=hint)
+    training, validation = _hold_out(records, job)
     tests = _first(load_records(test, job.data.format), job.evaluation.max_examples, job.job.seed)
     seed, width = job.job.seed, job.training.max_tokens
     parts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -12,14 +13,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from cloister.adapters.lora import adapter_files, adapter_sha256, add_lora
+from cloister.adapters.files import adapter_sha256, file_hashes
+from cloister.adapters.lora import adapter_files, add_lora
 from cloister.agreement.receipt import make_receipt
 from cloister.crypto.bundle import SealedReader
 from cloister.data.activations import Schema
 from cloister.data.payload import Payload
 from cloister.enclave.core import EnclaveCore, Outcome
 from cloister.enclave.pool import Pool
-from cloister.errors import ProtocolError
+from cloister.errors import CloisterError, ProtocolError
 from cloister.evaluation.rows import results_rows
 from cloister.evaluation.scores import Scores, score
 from cloister.jobfile import ResolvedJob
@@ -63,6 +65,7 @@ def train_and_score(
             "manifest": core.manifest.to_bytes().hex() if core.manifest else "",
             "manifest_signatures": {name: s.hex() for name, s in core.manifest_signatures().items()},
             "adapter_sha256": adapter_sha256(files),
+            "adapter_files": file_hashes(files),
             "metrics": declared["results"],
             "training": declared["training"],
             "started": int(started),
@@ -96,7 +99,17 @@ def _open(
     if dict(bundle.header.schema) != {"activation_dtype": schema.activation_dtype, "hidden": schema.hidden}:
         raise ProtocolError(f"its header declares {dict(bundle.header.schema)}", where=where)
     reader = opened.enter_context(SealedReader(bundle, key))
-    return Payload.open(reader.read, bundle.payload_bytes, schema, DTYPES[job.model.dtype], where)
+    read = functools.partial(_read, reader, where)
+    return Payload.open(read, bundle.payload_bytes, schema, DTYPES[job.model.dtype], where)
+
+
+def _read(reader: SealedReader, where: str, offset: int, length: int) -> bytes:
+    """Plaintext of a bundle; errors name the party and the kind, where the reader knows only a path of this machine."""
+    try:
+        return reader.read(offset, length)
+    except CloisterError as exc:
+        exc.where = where
+        raise
 
 
 def _train(
@@ -118,7 +131,7 @@ def _train(
             running.set(point.step, total=num_steps, note=f"loss {point.train_loss:.3f}")
 
         def validate() -> float:
-            scores = [score(latter, p, p.examples(), where=party) for party, p in validation.items()]
+            scores = [score(latter, p, p.examples(), where=p.where) for p in validation.values()]
             return float(sum(s.bits.sum() for s in scores) / sum(s.response_bytes.sum() for s in scores))
 
         result = train(
@@ -138,7 +151,7 @@ def _score(
 ) -> dict[str, Scores]:
     with adapted.disable_adapter() if system == "base" else nullcontext():
         return {
-            party: score(latter, payload, payload.examples(), where=party, on_pack=running.advance)
+            party: score(latter, payload, payload.examples(), where=payload.where, on_pack=running.advance)
             for party, payload in tests.items()
         }
 

@@ -98,7 +98,8 @@ def score(
     """Score the test documents of one party. The model is used as it stands (set it to evaluation mode).
 
     Raises:
-        ProtocolError: the packs do not account for every text of every example once (`where` names the party).
+        ProtocolError: the packs do not account for every text of every example once, or a likelihood is not finite
+            (`where` names the party).
     """
     nats: dict[tuple[int, int], float] = {}
     with torch.no_grad():
@@ -107,6 +108,8 @@ def score(
             for key, value in _group_nats(half, pack):
                 if key in nats:
                     raise ProtocolError(f"text {key[1]} of example {key[0]} is scored twice", where=where)
+                if not math.isfinite(value):
+                    raise ProtocolError(f"text {key[1]} of example {key[0]} has no finite likelihood", where=where)
                 nats[key] = value
             on_pack(len(pack))
     expected = {(i, r) for i, e in enumerate(examples) for r in (e.response_role, *range(len(e.choice_bytes)))}

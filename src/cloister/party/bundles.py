@@ -114,7 +114,9 @@ def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path) ->
     """Complete bundles of this very job and key, or None."""
     try:
         counts = json.loads((folder / "counts.json").read_text())
-        kinds = [kind for kind in KINDS if kind in counts["records"]]
+        kinds = [kind for kind in KINDS if kind != "validation" or resolved.job.data.validation > 0]
+        records = {kind: int(counts["records"][kind]) for kind in kinds}
+        truncated = {part: int(counts["truncated"][part]) for part in ("prompts", "responses")}
         data_keys = {kind: DataKey((folder / f"{kind}.key").read_bytes()[: DATA_KEY_BYTES + 1]) for kind in kinds}
         bundles = {
             kind: verify_bundle(folder / f"{kind}.bundle", job_id=resolved.job_id, party=party, public_key=key.public)
@@ -125,4 +127,4 @@ def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path) ->
                 reader.read(0, 1)  # the key file is this bundle's
     except (OSError, ValueError, KeyError, TypeError, CloisterError):
         return None
-    return SealedParty(bundles=bundles, data_keys=data_keys, records=counts["records"], truncated=counts["truncated"])
+    return SealedParty(bundles=bundles, data_keys=data_keys, records=records, truncated=truncated)
