@@ -1,0 +1,106 @@
+"""Coming back after a lost connection, and what a party keeps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cloister.adapters.files import CONFIG, WEIGHTS
+from cloister.errors import ProtocolError, TransportError, VerificationError
+from cloister.party import join
+from cloister.party.client import Results
+from tests.unit.enclave.stage import Stage
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, Results]:
+    (tmp_path / "stage").mkdir()
+    stage = Stage(tmp_path / "stage")
+    ended = stage.perform(stage.enclave())
+    return {name: r for name, r in ended.items() if isinstance(r, Results)}
+
+
+class Clock:
+    """Time that passes only in sleep and in work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(join.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(join.time, "sleep", self.pass_by)
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def attempts(clock: Clock, *outcomes: tuple[float, object]) -> tuple[Callable[[], Results], list[float]]:
+    """(an attempt that takes so long and ends like this each time, when attempts began)"""
+    begun: list[float] = []
+
+    def attempt() -> Results:
+        seconds, outcome = outcomes[min(len(begun), len(outcomes) - 1)]
+        begun.append(clock.now)
+        clock.pass_by(seconds)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome  # type: ignore[return-value]
+
+    return attempt, begun
+
+
+def test_comes_back_until_it_works(monkeypatch: pytest.MonkeyPatch, results: dict[str, Results]) -> None:
+    clock = Clock(monkeypatch)
+    lost = (1.0, TransportError("gone"))
+    attempt, begun = attempts(clock, lost, lost, lost, (1.0, results["north"]))
+    assert join._with_reconnect(attempt) is results["north"]
+    assert begun == [0.0, 1.5, 3.5, 6.5]  # pauses of 0.5, 1 and 2 seconds
+
+
+def test_gives_up_when_the_enclave_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    attempt, begun = attempts(clock, (1.0, TransportError("gone")))
+    with pytest.raises(TransportError):
+        join._with_reconnect(attempt)
+    assert join.RECONNECT_S - 20.0 < clock.now <= join.RECONNECT_S
+    assert max(b - a for a, b in itertools.pairwise(begun)) <= 16.0
+
+
+def test_a_connection_that_worked_for_a_while_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    attempt, _ = attempts(clock, (10_000.0, TransportError("gone")), (1.0, TransportError("gone")))
+    with pytest.raises(TransportError):
+        join._with_reconnect(attempt)
+    assert clock.now > 10_000.0 + join.RECONNECT_S - 20.0
+
+
+@pytest.mark.parametrize("error", [VerificationError("binding", "replayed"), ProtocolError("nonsense")])
+def test_a_refusal_is_final(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    clock = Clock(monkeypatch)
+    attempt, begun = attempts(clock, (1.0, error))
+    with pytest.raises(type(error)):
+        join._with_reconnect(attempt)
+    assert len(begun) == 1
+
+
+def test_what_is_kept(results: dict[str, Results], tmp_path: Path) -> None:
+    for name, kept in results.items():
+        join._keep(tmp_path / name, kept)
+        assert (tmp_path / name / "scores" / "cloister.jsonl").read_text() == f"scores of {name}"
+        assert (tmp_path / name / "receipt.json").read_bytes() == kept.receipt.to_bytes()
+        assert json.loads((tmp_path / name / "declared.json").read_text()) == kept.declared
+    assert {path.name for path in (tmp_path / "north" / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    assert not (tmp_path / "south" / "adapter").exists()
+
+
+def test_scores_of_an_unknown_system_are_not_written(results: dict[str, Results], tmp_path: Path) -> None:
+    """The name becomes a file's name."""
+    for name in ("../../x", "local", "", "/tmp/x"):  # noqa: S108  # never written
+        results["north"].scores[name] = "x"
+        with pytest.raises(VerificationError) as error:
+            join._keep(tmp_path / "out", results["north"])
+        assert error.value.code == "scores"
+        del results["north"].scores[name]
+    assert not (tmp_path / "out" / "receipt.json").exists()
