@@ -177,6 +177,18 @@ def test_a_man_in_the_middle_with_his_own_shares() -> None:
     assert refused.value.code == "handshake"
 
 
+def test_a_stolen_hello_does_not_finish() -> None:
+    """Someone got the party to sign one hello with his own key shares; he still lacks the party's key at the end."""
+    party, enclave = initiator(), Responder(settings())
+    reply = enclave.receive(party.start(NOW), NOW)
+    assert isinstance(reply, bytes)
+    party._key = PartyKey.generate()
+    finish, _ = party.receive(reply, NOW)
+    with pytest.raises(VerificationError) as refused:
+        enclave.receive(finish, NOW)
+    assert refused.value.code == "signature"
+
+
 def test_messages_of_two_sessions_do_not_mix() -> None:
     shared = settings()
     first, second = initiator(), initiator()

@@ -92,6 +92,11 @@ def test_bounds() -> None:
     assert take(encode([0] * 11), max_items=12) == [0] * 11
     with pytest.raises(ProtocolError, match="nested"):
         take(b"\x81" * 50 + b"\x00")
+    for nested in (dict.fromkeys("abcdef", 0), [[[0], [0]], [[0], [0]]]):
+        items = 13 if isinstance(nested, dict) else 11
+        assert take(encode(nested), max_items=items) == nested
+        with pytest.raises(ProtocolError, match="too many"):
+            take(encode(nested), max_items=items - 1)
     # A small message that claims a huge list must be refused by its head, not by building it.
     with pytest.raises(ProtocolError, match="too many"):
         take(b"\x9a\x00\xff\xff\xff" + b"\x00" * 100)
