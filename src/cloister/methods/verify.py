@@ -43,6 +43,14 @@ _CLOSE = 1e-9
 """Metrics in report.json are computed again from the parties' scores: equal up to the last bits of a float."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a step has found."""
+
+    passed: bool
+    detail: str
+
+
 def verify_run(path: Path, *, policy: Path | None, insecure_simulated: bool) -> VerifyReport:
     """Check a run folder, a party's folder or a receipt.
 
@@ -66,10 +74,10 @@ def verify_run(path: Path, *, policy: Path | None, insecure_simulated: bool) -> 
         verdict = verify_receipt(unverified, policy=appraisal, adapter_sha256=None, allow_simulated=insecure_simulated)
     except ProtocolError as exc:
         return _unreadable(path, source, str(exc))
-    checks = {c.name: VerifyCheck(n=0, name=c.name, status=_status(c.passed), detail=c.reason) for c in verdict.checks}
+    found = {check.name: _Found(passed=check.passed, detail=check.reason) for check in verdict.checks}
     if folder is not None:
-        checks |= _check_folder(folder, verdict.body, unverified)
-    listed = [_numbered(n, name, checks.get(name), verdict, appraisal) for n, name in enumerate(STEPS, start=1)]
+        found |= _check_folder(folder, verdict.body, unverified)
+    listed = [_numbered(n, name, found.get(name), verdict, appraisal) for n, name in enumerate(STEPS, start=1)]
     return _report(path, source, receipt, verdict, listed, appraisal)
 
 
@@ -142,22 +150,22 @@ def _evidence_type(unverified: bytes) -> str:
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
-def _check_folder(folder: Path, body: Mapping[str, Any], receipt: bytes) -> dict[str, VerifyCheck]:
+def _check_folder(folder: Path, body: Mapping[str, Any], receipt: bytes) -> dict[str, _Found]:
     """Steps 9 and 10, each only where there is something to check."""
     steps: dict[str, tuple[Path, Callable[[], str]]] = {
         "adapter": (folder / "adapter", lambda: _check_adapter(folder / "adapter", body)),
         "report": (folder / "report.json", lambda: _check_report(folder / "report.json", body, receipt)),
     }
-    return {name: _run(name, step) for name, (path, step) in steps.items() if path.exists()}
+    return {name: _run(step) for name, (path, step) in steps.items() if path.exists()}
 
 
-def _run(name: str, step: Callable[[], str]) -> VerifyCheck:
+def _run(step: Callable[[], str]) -> _Found:
     try:
-        return VerifyCheck(n=0, name=name, status="ok", detail=step())
+        return _Found(passed=True, detail=step())
     except CloisterError as exc:
-        return VerifyCheck(n=0, name=name, status="failed", detail=str(exc))
+        return _Found(passed=False, detail=str(exc))
     except (KeyError, ValueError, TypeError, AttributeError):
-        return VerifyCheck(n=0, name=name, status="failed", detail="the receipt's body is malformed here")
+        return _Found(passed=False, detail="the receipt's body is malformed here")
 
 
 def _check_adapter(folder: Path, body: Mapping[str, Any]) -> str:
@@ -214,11 +222,9 @@ def _equal(a: tuple[float | None, ...], b: tuple[float | None, ...]) -> bool:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def _numbered(
-    n: int, name: str, check: VerifyCheck | None, verdict: Verdict, policy: AppraisalPolicy | None
-) -> VerifyCheck:
-    if check is not None:
-        return check.model_copy(update={"n": n})
+def _numbered(n: int, name: str, found: _Found | None, verdict: Verdict, policy: AppraisalPolicy | None) -> VerifyCheck:
+    if found is not None:
+        return VerifyCheck(n=n, name=name, status="ok" if found.passed else "failed", detail=found.detail)
     detail = f"there is no {name} here"
     if name == "evidence" or (name == "measurement" and policy is None):
         detail = "you gave no policy that says which enclaves you accept"
@@ -301,10 +307,6 @@ def _unreadable(path: Path, source: str, reason: str) -> VerifyReport:
             for n, name in enumerate(STEPS, start=1)
         ],
     )
-
-
-def _status(passed: bool) -> Any:  # Any: a literal
-    return "ok" if passed else "failed"
 
 
 def _read_receipt(path: Path) -> bytes:
