@@ -48,12 +48,18 @@ class Serving:
     def ask(self, party: str, *prompts: str, tokens: int = NEW_TOKENS) -> GenerateReport:
         return generate_local(self.out, party, prompts, max_new_tokens=tokens, raw=False, progress=Silent())
 
-    def session(self, party: str) -> Session:
+    def session(self, party: str, *, insecure_simulated: bool = True) -> Session:
         """A party's own program, which may ask anything."""
         opened = open_job(load_job(self.out / "job.toml"), progress=Silent())
-        key = PartyKey.load(self.out / "parties" / party / "party.key")
-        address = json.loads((self.out / "enclave" / "address").read_text())["address"]
-        return open_query_session(opened, party, key, address, insecure_simulated=True)
+        key = PartyKey.load(self.key(party))
+        return open_query_session(opened, party, key, self.address, insecure_simulated=insecure_simulated)
+
+    def key(self, party: str) -> Path:
+        return self.out / "parties" / party / "party.key"
+
+    @property
+    def address(self) -> str:
+        return str(json.loads((self.out / "enclave" / "address").read_text())["address"])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,8 @@ def activation(tokens: int = 2, width: int = 32) -> bytes:
 
 def test_split_inference_is_the_merged_models_greedy_decoding(serving: Serving, merged: Path) -> None:
     options = [option for prompt in PROMPTS for option in ("--prompt", prompt)]
-    arguments = ["generate", serving.out, "--party", "north", "--max-new-tokens", NEW_TOKENS, *options, "--json"]
+    arguments = ["generate", serving.out / "job.toml", "--party", "north", "--key", serving.key("north"), *options]
+    arguments += ["--enclave", serving.address, "--insecure-simulated", "--max-new-tokens", NEW_TOKENS, "--json"]
     asked = finish(*arguments, folder=serving.folder / "ask")
     assert asked.process.returncode == 0, asked.stdout + asked.stderr
     report = GenerateReport.model_validate_json(asked.stdout)
@@ -117,6 +124,12 @@ def test_a_party_that_the_job_does_not_allow_is_refused(serving: Serving) -> Non
     with pytest.raises(VerificationError) as caught:
         serving.ask("south", PROMPTS[0])
     assert (caught.value.code, caught.value.where) == ("inference", "south")
+
+
+def test_a_simulated_enclave_is_not_asked_without_a_word(serving: Serving) -> None:
+    with pytest.raises(VerificationError) as caught:
+        serving.session("north", insecure_simulated=False)
+    assert caught.value.code == "simulated"
 
 
 def test_a_query_of_another_party_or_session_does_not_exist(serving: Serving) -> None:

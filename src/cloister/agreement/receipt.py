@@ -221,7 +221,7 @@ class _Steps:
         try:
             reason, value = step()
         except CloisterError as exc:
-            self.add(name, str(exc), passed=False)
+            self.add(name, f"{exc} ({exc.hint})" if exc.hint else str(exc), passed=False)
             return None
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             self.add(name, "the receipt's body is malformed here", passed=False)

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloister.adapters.files import CONFIG, WEIGHTS
+from cloister.adapters.lora import add_lora, load_adapter_weights
 from cloister.cli import main
 from cloister.errors import AdapterError, ModelError, UsageError, VerificationError
+from cloister.job import AdapterSection
 from cloister.methods.export import export_run
+from cloister.model.anatomy import DTYPES, load_model
+from cloister.model.cut import Latter
 from cloister.report.model import ExportReport
 from tests.unit.methods.finished import Finished, base_model
 
@@ -53,6 +58,22 @@ def test_a_bfloat16_job_gives_a_bfloat16_model(tmp_path: Path) -> None:
     adapted = logits(PeftModel.from_pretrained(plain(finished.model), finished.out / "adapter"))
     assert torch.allclose(logits(merged).float(), adapted.float(), atol=0.15)
     assert (adapted - logits(plain(finished.model))).abs().max() > 0.15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_exported_weights_are_those_that_the_enclave_answers_with(tmp_path: Path, dtype: str) -> None:
+    finished = Finished(tmp_path, base_model(tmp_path / "base", dtype=DTYPES[dtype]), dtype=dtype)
+    export_run(finished.out, tmp_path / "merged", merge=True)
+    latter = Latter(load_model(finished.model, dtype), 2)
+    adapted = add_lora(latter, AdapterSection(rank=2, alpha=8.0), first_layer=2, seed=3)
+    load_adapter_weights(adapted, safetensors.torch.load(finished.files[WEIGHTS]))
+    adapted.merge_adapter()
+    served = {name.replace(".base_layer", ""): value for name, value in latter.model.state_dict().items()}
+    exported = plain(tmp_path / "merged").state_dict()
+    upper = [name for name in exported if ".layers.2." in name or ".layers.3." in name]
+    assert len(upper) == 18
+    for name in upper:
+        assert torch.equal(served[name], exported[name]), name
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
