@@ -15,12 +15,12 @@ import json
 import time
 from pathlib import Path
 
-from cloister.agreement.job import OpenJob, open_job
+from cloister.agreement.job import OpenJob, count_layers, open_job, resolve_cut
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.keys import PartyKey
 from cloister.errors import RunError, UsageError
 from cloister.job import Job, PartySection
-from cloister.jobfile import LoadedJob, load_job, render_job, shared_content
+from cloister.jobfile import LoadedJob, find_model, load_job, render_job, shared_content
 from cloister.methods.baselines import run_baselines
 from cloister.methods.host import usable_cpus
 from cloister.methods.processes import Role, Roles
@@ -92,6 +92,7 @@ class _Checked:
 
 def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
     """The job as this run's processes read it: keys made where missing, absolute paths, a policy."""
+    _check_paths(loaded)
     missing = [party.name for party in loaded.job.party if party.public_key is None]
     keys = {name: _key(out / "parties" / name).public.hex() for name in missing}
     job = loaded.with_public_keys(keys).job
@@ -111,6 +112,14 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
         raise UsageError("the folder holds a run of another job", where=str(out), hint="choose another --out")
     path.write_text(render_job(job), encoding="utf-8")
     return load_job(path)
+
+
+def _check_paths(loaded: LoadedJob) -> None:
+    """Find what is missing before anything is written, and name the line of the user's own file."""
+    model = find_model(loaded.local_path(loaded.job.model.path), where=loaded.where("model", "path"))
+    resolve_cut(loaded.job.model.cut, count_layers(model), where=loaded.where("model", "cut"))
+    for party in loaded.job.party:
+        _with_paths(party, loaded)
 
 
 def _made_up_policy(out: Path) -> Path:
