@@ -248,6 +248,18 @@ def test_keys_that_are_not_for_this_manifest_instance_party_or_key(stage: Stage)
         core.wait_for_keys(0.0, lambda missing: None)
 
 
+def test_keys_that_somebody_else_has_wrapped(stage: Stage) -> None:
+    """HPKE's base mode does not say who wrapped: only the signature over the wrapped keys does."""
+    core = ready(stage)
+    honest, forged = key_release(stage, core), key_release(stage, core)  # the same keys, wrapped twice
+    for body in ({**honest, "wrapped": forged["wrapped"]}, {**honest, "signature": forged["signature"]}):
+        with pytest.raises(VerificationError) as error:
+            core.handle("north", "keys", body)
+        assert (error.value.code, error.value.where) == ("signature", "north")
+    assert core.manifest_signatures() == {}
+    core.handle("north", "keys", honest)
+
+
 def test_one_party_cannot_hand_in_the_keys_of_another(stage: Stage) -> None:
     """Recorded by a relay and sent again in its own session."""
     core = ready(stage)
