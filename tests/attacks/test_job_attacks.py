@@ -241,7 +241,7 @@ def test_keys_that_are_not_for_this_manifest_instance_party_or_key(stage: Stage)
         {"signer": stage.keys["south"]},
     ):
         with pytest.raises(VerificationError) as error:
-            core.handle("north", "keys", key_release(stage, core, **changes))  # type: ignore[arg-type]
+            core.handle("north", "keys", key_release(stage, core, **changes))
         assert error.value.code in ("signature", "unwrap")
     assert core.manifest_signatures() == {}
     with pytest.raises(ProtocolError, match=r"north \(data keys\), south \(data keys\)"):

@@ -42,7 +42,7 @@ def write_model(folder: Path) -> Path:
     tokenizer = tiny_tokenizer("bos")
     config = deepcopy(CONFIGS["llama"])
     config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -84,9 +84,9 @@ def write_job(
         for part, path in paths.items():
             if not (folder / path).exists():
                 write_lines(folder / path, records(party, part, 40 if part == "train" else 6))
-    path = folder / "job.toml"
-    path.write_text("\n".join(blocks))
-    return path
+    job = folder / "job.toml"
+    job.write_text("\n".join(blocks))
+    return job
 
 
 def _block(header: str, values: Mapping[str, Any]) -> str:

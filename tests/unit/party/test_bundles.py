@@ -38,7 +38,11 @@ def resolve(folder: Path, model: Path, **job: object) -> ResolvedJob:
         '[policy]\naccept = ["simulated"]\ninsecure_simulated = true\nmeasurements = "any"\n'
     )
     assert AppraisalPolicy.load(folder / "policy.toml").any_measurement
-    changes = {"model": {"path": str(model)}, "enclave": {"policy": "policy.toml"}, "job": job}
+    changes: dict[str, dict[str, object]] = {
+        "model": {"path": str(model)},
+        "enclave": {"policy": "policy.toml"},
+        "job": job,
+    }
     keys = {name: {"public_key": key.public.hex()} for name, key in KEYS.items()}
     path = write_job(folder, changes, keys=keys)
     return open_job(load_job(path), progress=Silent()).resolved

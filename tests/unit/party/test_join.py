@@ -29,8 +29,13 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(join.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(join.time, "sleep", self.pass_by)
+        monkeypatch.setattr("cloister.party.join.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pass_by(seconds)
 
     def pass_by(self, seconds: float) -> None:
         self.now += seconds
