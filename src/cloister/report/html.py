@@ -72,7 +72,7 @@ def _context(report: RunReport) -> dict[str, Any]:  # Any: what a template may h
         "knowledge": knowledge.knowledge(report),
         "up_bars": charts.bars({w.party: w.bytes_up for w in report.wire.parties}, _size, "Bytes sent, by party"),
         "time_bars": charts.bars(report.timing, summary.seconds, "Seconds, by phase") if report.timing else None,
-        "total_seconds": sum(report.timing.values()),
+        "total_seconds": report.timing.get("total", sum(report.timing.values())),
         "compared": _compared(report),
         "compared_metrics": [m for m in summary.MEASURES if any(c.metric == m for c in report.comparisons)],
     }

@@ -97,7 +97,7 @@ def train(
         RunError: the loss or a gradient is not finite; nothing of that step is applied.
     """
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=0.0, weight_decay=training.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=0.0, weight_decay=training.weight_decay, fused=True)
     steps = plan_steps(source.tokens, training, seed)
     marks = evaluation_steps(len(steps), training.evaluations if validate else 0)
     result = TrainingResult()
