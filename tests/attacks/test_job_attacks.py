@@ -62,7 +62,7 @@ def test_a_whole_job_to_a_receipt_that_all_have_countersigned(stage: Stage) -> N
     assert ended["north"].adapter == ADAPTER
     assert ended["south"].adapter == {}
     order = [method for method in wires["north"].methods() if method not in ("watch", "manifest", "receipt")]
-    assert order == ["instance", "approve", "keys", "result", "countersign"]
+    assert order == ["instance", "approve", "keys", "result", *["adapter"] * len(ADAPTER), "countersign"]
     for name, (bundle, key) in core.sources("train").items():
         assert bundle.commitment == stage.sealed[name].bundles["train"].commitment
         assert key.reveal() == stage.sealed[name].data_keys["train"].reveal()
@@ -369,7 +369,11 @@ def test_each_party_gets_its_own_scores_and_recipients_the_adapter(stage: Stage)
     north, south = (core.handle(name, "result", {}) for name in stage.names)
     assert north["scores"] == {"cloister": "scores of north"}
     assert south["scores"] == {"cloister": "scores of south"}
-    assert (north["adapter"], south["adapter"]) == (ADAPTER, {})
+    assert (north["adapter"], south["adapter"]) == ({name: len(c) for name, c in ADAPTER.items()}, {})
+    assert core.handle("north", "adapter", {"name": WEIGHTS, "offset": 2}) == {"data": ADAPTER[WEIGHTS][2:]}
+    with pytest.raises(VerificationError) as refused:
+        core.handle("south", "adapter", {"name": WEIGHTS, "offset": 0})
+    assert refused.value.code == "release"
     assert b"scores of north" not in repr(south).encode()
     for wish in ({"party": "north"}, {"scores": "north"}):
         with pytest.raises(ProtocolError, match="unknown field"):
@@ -415,6 +419,18 @@ def with_result(core: EnclaveCore, **changes: Any) -> Wire:
     return Wire(core, "north", alter=alter)
 
 
+def with_adapter(core: EnclaveCore, files: dict[str, bytes]) -> Wire:
+    """An enclave that hands out these files, each in one piece."""
+    left = list(files.values())
+
+    def alter(method: str, reply: dict[str, Any]) -> dict[str, Any]:
+        if method == "result":
+            return {**reply, "adapter": {name: len(content) for name, content in files.items()}}
+        return {"data": left.pop(0)} if method == "adapter" else reply
+
+    return Wire(core, "north", alter=alter)
+
+
 def taking(stage: Stage, wire: Wire) -> CloisterError:
     """The error with which "north" takes a result; it has then not countersigned."""
     ended = stage.perform(wire.core, north=lambda: stage.take_part(wire.core, "north", wire))
@@ -426,16 +442,23 @@ def taking(stage: Stage, wire: Wire) -> CloisterError:
 
 def test_an_adapter_that_is_not_the_receipts(stage: Stage) -> None:
     other = {**ADAPTER, WEIGHTS: b"WEIGHTS"}
-    assert taking(stage, with_result(stage.enclave(), adapter=other)).code == "receipt-adapter"
+    assert taking(stage, with_adapter(stage.enclave(), other)).code == "receipt-adapter"
     elsewhere = {**ADAPTER, CONFIG: b'{"r": 8, "base_model_name_or_path": "elsewhere"}'}
-    assert taking(stage, with_result(stage.enclave(), adapter=elsewhere)).code == "receipt-adapter"
+    assert taking(stage, with_adapter(stage.enclave(), elsewhere)).code == "receipt-adapter"
+
+
+def test_adapter_files_of_other_sizes_than_announced(stage: Stage) -> None:
+    sizes = {name: len(content) for name, content in ADAPTER.items()}
+    for size in (0, -1, 2**60, "7", True, sizes[WEIGHTS] + 1):
+        wire = with_result(stage.enclave(), adapter={**sizes, WEIGHTS: size})
+        assert isinstance(taking(stage, wire), ProtocolError | VerificationError), size
 
 
 @pytest.mark.parametrize("name", ["../../key", "/etc/passwd", "adapter_model.bin", ""])
 def test_an_adapter_with_other_files(stage: Stage, name: str) -> None:
     """A path in a file's name would be written to outside of the party's folder."""
     for files in ({**ADAPTER, name: b"x"}, {name: b"x"}):
-        assert isinstance(taking(stage, with_result(stage.enclave(), adapter=files)), ProtocolError)
+        assert isinstance(taking(stage, with_adapter(stage.enclave(), files)), ProtocolError)
 
 
 def test_metrics_that_are_not_the_receipts(stage: Stage) -> None:

@@ -106,5 +106,5 @@ def _match_measurement(report: Report, policy: AppraisalPolicy) -> tuple[str | N
     raise VerificationError(
         "measurement",
         f"the policy lists no such measurement: {measured}",
-        hint="compare with `cloister attest measure`",
+        hint="the enclave runs another program than the policy names; compare versions before you change the policy",
     )

@@ -1,6 +1,7 @@
 """Requests and replies over an open session.
 
-One message per request, `{id, method, body}`, and one per reply, `{id, body}` or `{id, error}`, as canonical CBOR.
+One message per request, `{id, method, body}`, and one per reply, `{id, ok, body}`, as canonical CBOR;
+with `ok` false the body is an error report.
 Bodies are maps; large values (tensors) travel in them as bytes.
 """
 

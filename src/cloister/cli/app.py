@@ -64,6 +64,7 @@ def cloister_command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are reported here and nowhere else."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines on stderr say nothing that our errors do not
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     os.environ.update(_QUIET)

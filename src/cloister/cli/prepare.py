@@ -11,23 +11,9 @@ from cloister.cli.options import AsJson
 from cloister.cli.output import emit, note
 from cloister.cli.template import JOB_TEMPLATE
 from cloister.errors import UsageError
-from cloister.report.model import Versioned
+from cloister.report.model import InitReport, KeygenReport
 
 EXIT_CHECK_FAILED = 1
-
-
-class InitReport(Versioned):
-    """`cloister init`."""
-
-    path: str
-
-
-class KeygenReport(Versioned):
-    """`cloister keygen`: the public half; the private one is only in the file."""
-
-    path: str
-    public_key: str
-    fingerprint: str
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -70,17 +70,28 @@ def run(
     from cloister.methods.local import run_job
 
     with open_progress(progress) as reporter:
-        report = run_job(loaded, out, serve=serve, command=_command_line(), progress=reporter)
-    emit(report, as_json)
+        report = run_job(
+            loaded,
+            out,
+            serve=serve,
+            command=_command_line(),
+            progress=reporter,
+            on_report=lambda report: emit(report, as_json),
+        )
+    if not serve:
+        emit(report, as_json)
     _say_where(out, as_json)
 
 
 def enclave(
     job: JobFile,
-    listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Address to listen on; port 0 takes a free one.")
-    ],
     out: OutFolder,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen", metavar="HOST:PORT", help="Where to listen, instead of [enclave] listen; port 0: any."
+        ),
+    ] = None,
     insecure_simulated: InsecureSimulated = False,
     serve: Serve = False,
     as_json: AsJson = False,
@@ -102,7 +113,12 @@ def enclave(
 
     with open_progress(progress) as reporter:
         report = serve_job(
-            loaded, out, listen=listen, insecure_simulated=insecure_simulated, serve=serve, progress=reporter
+            loaded,
+            out,
+            listen=listen or loaded.job.enclave.listen,
+            insecure_simulated=insecure_simulated,
+            serve=serve,
+            progress=reporter,
         )
     emit(report, as_json)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def prepare(job: Job, tokenizer: PreTrainedTokenizerBase, train: Path, test: Pat
             packs = pack_documents(documents, width, seed)
             parts[kind] = Part(records=len(records), packs=packs, examples=examples)
     return PartyData(parts=parts, truncated=encoder.truncated)
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of data files, hex: whether they are still what something was made from."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _hold_out(records: list[Record], job: Job) -> tuple[list[Record], list[Record]]:

@@ -43,6 +43,8 @@ from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey, verify_signa
 from cloister.errors import CloisterError, ProtocolError, VerificationError
 
 Phase = Literal["collecting", "agreeing", "training", "finished", "failed"]
+PIECE_BYTES = 8 << 20
+"""Most of an adapter file in one reply."""
 MAX_WAIT_S = 20.0
 """Longest time that one request is held back until there is news."""
 
@@ -117,6 +119,7 @@ class EnclaveCore:
             "keys": self._keys,
             "watch": self._watch,
             "result": self._result,
+            "adapter": self._adapter,
             "countersign": self._countersign,
             "receipt": self._receipt,
             "leave": self._leave,
@@ -209,13 +212,23 @@ class EnclaveCore:
     def _result(self, party: str, fields: Fields) -> dict[str, Any]:
         fields.end()
         outcome = self._finished(party)
-        adapter = dict(outcome.adapter) if party in self._recipients else {}
+        files = outcome.adapter if party in self._recipients else {}
         return {
             "declared": outcome.declared,
             "scores": dict(outcome.private.get(party, {})),
-            "adapter": adapter,
+            "adapter": {name: len(content) for name, content in files.items()},
             "receipt": outcome.receipt.to_bytes(),
         }
+
+    def _adapter(self, party: str, fields: Fields) -> dict[str, Any]:
+        """A piece of an adapter file, for recipients; a file may be larger than one message."""
+        name = fields.text("name")
+        offset = fields.integer("offset", low=0, high=2**62)
+        fields.end()
+        content = self._finished(party).adapter.get(name) if party in self._recipients else None
+        if content is None:
+            raise VerificationError("release", "the job does not release this to the party", where=party)
+        return {"data": content[offset : offset + PIECE_BYTES]}
 
     def _countersign(self, party: str, fields: Fields) -> dict[str, Any]:
         at = fields.integer("time", low=0, high=2**40)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -127,8 +126,10 @@ def _train(
     with task(progress, "training", unit="steps") as running:
 
         def on_point(point: Point, num_steps: int) -> None:
-            core.announce({**asdict(point), "num_steps": num_steps})
-            running.set(point.step, total=num_steps, note=f"loss {point.train_loss:.3f}")
+            core.announce(
+                {"step": point.step, "tokens": point.tokens, "train_loss": point.train_loss, "num_steps": num_steps}
+            )
+            running.set(point.step, total=num_steps)  # the operator sees counts, never a loss
 
         def validate() -> float:
             scores = [score(latter, p, p.examples(), where=p.where) for p in validation.values()]

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cloister.agreement.job import OpenJob, count_layers, open_job, resolve_cut
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.keys import PartyKey
+from cloister.data.prepare import files_sha256
 from cloister.errors import RunError, UsageError
 from cloister.job import Job, PartySection
 from cloister.jobfile import LoadedJob, find_model, load_job, render_job, shared_content
@@ -33,7 +35,14 @@ _OTHER_VERSION = "the folder holds a run of this job with another model, policy 
 
 
 def run_job(
-    loaded: LoadedJob, out: Path, *, serve: bool, command: str, progress: Progress, samples: int = 1
+    loaded: LoadedJob,
+    out: Path,
+    *,
+    serve: bool,
+    command: str,
+    progress: Progress,
+    samples: int = 1,
+    on_report: Callable[[RunReport], None] = lambda report: None,
 ) -> RunReport:
     """Run a job with all its roles on this machine, or continue one that was interrupted.
 
@@ -42,6 +51,7 @@ def run_job(
     Args:
         serve: keep the enclave up after the report is written, until interrupted.
         samples: how many of its test prompts each party answers with the tuned model, for the report.
+        on_report: is shown the report before serving begins, which only an interrupt ends.
 
     Raises:
         UsageError: the folder holds another job.
@@ -51,6 +61,7 @@ def run_job(
     out.mkdir(parents=True, exist_ok=True)
     opened = open_job(_localise(loaded, out.resolve()), progress=progress)
     _claim_folder(out, opened)
+    _claim_data(out, opened)
     if (out / "report.json").exists() and not serve:
         return RunReport.read(out / "report.json")
     threads, party_threads = _share_processors(loaded.job)
@@ -73,6 +84,7 @@ def run_job(
         with task(progress, "statistics and report"):
             report = write_report(opened, out, joined, baselines, command=command, clock=clock)
         if serve:
+            on_report(report)
             with task(progress, f"answering queries at {address}, Ctrl-C ends it"):
                 roles.wait(roles.started)
     return report
@@ -166,6 +178,16 @@ def _claim_folder(out: Path, opened: OpenJob) -> None:
     if path.exists() and path.read_text().strip() != opened.resolved.job_id:
         raise UsageError(_OTHER_VERSION, where=str(out), hint="choose another --out")
     path.write_text(opened.resolved.job_id + "\n")
+
+
+def _claim_data(out: Path, opened: OpenJob) -> None:
+    """The data are no part of the job's identity, but one run has one set of them, baselines included."""
+    loaded = opened.resolved.loaded
+    files = [loaded.data_file(name, part) for name in opened.parties for part in ("train", "test")]
+    path, content = out / "data_sha256", files_sha256(files)
+    if path.exists() and path.read_text().strip() != content:
+        raise UsageError("data files have changed since this run began", where=str(out), hint="choose another --out")
+    path.write_text(content + "\n")
 
 
 def _share_processors(job: Job) -> tuple[int, int]:

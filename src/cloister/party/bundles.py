@@ -17,7 +17,7 @@ from cloister.crypto.bundle import BundleHeader, BundleWriter, SealedReader, Ver
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey
 from cloister.data.packing import Pack
 from cloister.data.payload import max_payload_bytes, write_payload
-from cloister.data.prepare import KINDS, Part, PartyData, prepare
+from cloister.data.prepare import KINDS, Part, PartyData, files_sha256, prepare
 from cloister.errors import CloisterError, RunError
 from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer
@@ -47,13 +47,14 @@ def seal_party(
         CapacityError: the disk is full; nothing half-written is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finished = _finished(resolved, party, key, folder)
+    files = (resolved.loaded.data_file(party, "train"), resolved.loaded.data_file(party, "test"))
+    content = files_sha256(files)
+    finished = _finished(resolved, party, key, folder, content)
     if finished is not None:
         return finished
     (folder / "counts.json").unlink(missing_ok=True)
     job = resolved.job
     with task(progress, "reading records"):
-        files = (resolved.loaded.data_file(party, "train"), resolved.loaded.data_file(party, "test"))
         data = prepare(job, load_tokenizer(resolved.model.folder), *files)
     with task(progress, "loading former layers"):
         former = Former(load_model(resolved.model.folder, job.model.dtype, device), resolved.cut)
@@ -61,8 +62,8 @@ def seal_party(
     with task(progress, "former layers", total=tokens, unit="tokens") as running:
         for kind, part in data.parts.items():
             _seal(resolved, party, key, folder, kind, part, former, running)
-    _write_counts(folder, data)
-    sealed = _finished(resolved, party, key, folder)
+    _write_counts(folder, data, content)
+    sealed = _finished(resolved, party, key, folder, content)
     if sealed is None:
         raise RunError("the bundles just written cannot be read back", where=str(folder), hint="check the disk")
     return sealed
@@ -102,18 +103,21 @@ def _write_secret(path: Path, secret: bytes) -> None:
         file.write(secret)
 
 
-def _write_counts(folder: Path, data: PartyData) -> None:
+def _write_counts(folder: Path, data: PartyData, content: str) -> None:
     truncated = {"prompts": data.truncated.prompts, "responses": data.truncated.responses}
-    counts = {"records": {kind: part.records for kind, part in data.parts.items()}, "truncated": truncated}
+    records = {kind: part.records for kind, part in data.parts.items()}
+    counts = {"records": records, "truncated": truncated, "files_sha256": content}
     part = folder / "counts.json.part"
     part.write_text(json.dumps(counts))
     part.replace(folder / "counts.json")
 
 
-def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path) -> SealedParty | None:
-    """Complete bundles of this very job and key, or None."""
+def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path, content: str) -> SealedParty | None:
+    """Complete bundles of this very job, key and data, or None."""
     try:
         counts = json.loads((folder / "counts.json").read_text())
+        if counts["files_sha256"] != content:
+            return None
         kinds = [kind for kind in KINDS if kind != "validation" or resolved.job.data.validation > 0]
         records = {kind: int(counts["records"][kind]) for kind in kinds}
         truncated = {part: int(counts["truncated"][part]) for part in ("prompts", "responses")}

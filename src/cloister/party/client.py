@@ -43,6 +43,8 @@ from cloister.errors import ProtocolError, VerificationError
 from cloister.party.bundles import SealedParty
 
 WAIT_MS = 15_000
+MAX_ADAPTER_BYTES = 16 << 30
+"""An adapter larger than this is no adapter; bounds what a malicious enclave can make a party hold."""
 COUNTERSIGN_WAIT_S = 300.0
 """How long to wait for the other parties' countersignatures: a party that never comes back must not cost the rest
 their results."""
@@ -212,7 +214,7 @@ class PartyClient:
         fields = Fields(session.request("result", {}), "result")
         declared = _json_object(fields.blob("declared", max_size=64 << 20))
         scores = {str(k): str(v) for k, v in fields.table("scores").items()}
-        adapter = fields.table("adapter")
+        adapter = self._fetch_adapter(session, fields.table("adapter"))
         receipt = Receipt.from_bytes(fields.blob("receipt", max_size=64 << 20))
         self._check_instance(instance, receipt)
         self._check_receipt(receipt, complete=False)
@@ -250,6 +252,24 @@ class PartyClient:
         if body.get("job_id") != self.job_id or body.get("manifest") != self.memory.read_bytes().hex():
             raise VerificationError("receipt-manifest", "the receipt is of another job or manifest", where="receipt")
 
+    def _fetch_adapter(self, session: Requests, sizes: Mapping[str, object]) -> dict[str, bytes]:
+        """The released files, piece by piece. The receipt, not the enclave's word, decides whether they are right."""
+        if sizes and set(sizes) != {CONFIG, WEIGHTS}:
+            raise ProtocolError("the adapter is not one weights file and one configuration", where="result")
+        files = {}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or not 0 < size <= MAX_ADAPTER_BYTES:
+                raise ProtocolError("an adapter file has an impossible size", where="result")
+            content = bytearray()
+            while len(content) < size:
+                reply = Fields(session.request("adapter", {"name": name, "offset": len(content)}), "adapter reply")
+                piece = reply.blob("data", max_size=size - len(content))
+                if not piece:
+                    raise ProtocolError("an adapter file ends early", where="result")
+                content += piece
+            files[name] = bytes(content)
+        return files
+
     def _countersign(self, session: Requests, receipt: Receipt) -> None:
         at = int(self.clock())
         signature = self.key.sign(COUNTERSIGN_LABEL, countersign_message(receipt, at))
@@ -270,8 +290,6 @@ def _check_contents(body: Mapping[str, Any], declared: Mapping[str, Any], adapte
         raise VerificationError("receipt-metrics", "the metrics are not those of the receipt", where="receipt")
     if not adapter:
         return
-    if set(adapter) != {CONFIG, WEIGHTS} or not all(isinstance(content, bytes) for content in adapter.values()):
-        raise ProtocolError("the adapter is not one weights file and one configuration", where="result")
     if file_hashes(adapter) != body.get("adapter_files"):
         raise VerificationError("receipt-adapter", "the adapter is not the one in the receipt", where="receipt")
 

@@ -323,6 +323,20 @@ class EnclaveReport(Versioned):
     receipt_sha256: Sha256
 
 
+class InitReport(Versioned):
+    """`cloister init`."""
+
+    path: str
+
+
+class KeygenReport(Versioned):
+    """`cloister keygen`: the public half; the private one is only in the file."""
+
+    path: str
+    public_key: str
+    fingerprint: str
+
+
 class EvaluateReport(Versioned):
     """`cloister evaluate`: the scores of all systems of a finished run, from its per-example scores."""
 
@@ -514,6 +528,9 @@ class ErrorReport(Output):
 OUTPUTS: dict[str, type[Output]] = {
     "run": RunReport,
     "join": JoinReport,
+    "enclave": EnclaveReport,
+    "init": InitReport,
+    "keygen": KeygenReport,
     "evaluate": EvaluateReport,
     "compare": CompareReport,
     "plan": PlanReport,

@@ -100,7 +100,13 @@ class IncomingBundle:
     def _resume_complete(self, prefix: bytes) -> None:
         """Take up a complete file that is here from before a restart, or refuse another bundle in its place."""
         if self.bundle is None and self.path.exists():
-            self.bundle = verify_bundle(self.path, job_id=self._job_id, party=self._party, public_key=self._public_key)
+            try:
+                self.bundle = verify_bundle(
+                    self.path, job_id=self._job_id, party=self._party, public_key=self._public_key
+                )
+            except VerificationError:
+                self.path.unlink()  # damaged since it arrived: it is fetched again
+                return
             with self.path.open("rb") as file:
                 self._prefix = file.read(self.bundle.data_offset)
             self._header, self._size = self.bundle.header, self.path.stat().st_size
