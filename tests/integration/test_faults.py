@@ -21,7 +21,8 @@ import pytest
 from cloister.attest.backends.simulated import measure_source
 from cloister.cli.app import main
 from cloister.crypto.keys import PartyKey
-from cloister.report.model import JoinReport, RunReport
+from cloister.report.model import RunReport
+from cloister.report.outputs import JoinReport
 from tests.integration.conftest import FinishedRun, MakeJob
 from tests.integration.tiny_job import PARTIES, Command, alive, children_of, finish, records, started, write_lines
 

@@ -23,7 +23,7 @@ from cloister.methods.export import export_run
 from cloister.methods.generate import generate_local
 from cloister.party.ask import open_query_session
 from cloister.progress import Silent
-from cloister.report.model import GenerateReport
+from cloister.report.outputs import GenerateReport
 from tests.integration.tiny_job import Command, alive, children_of, finish, started, write_job
 
 pytestmark = [

@@ -18,7 +18,7 @@ import psutil
 import cloister
 from cloister.cli.tables import size
 from cloister.methods.host import describe_host, usable_cpus
-from cloister.report.model import DoctorCheck, DoctorReport
+from cloister.report.outputs import DoctorCheck, DoctorReport
 
 _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 4 * _GIB

@@ -11,7 +11,7 @@ from cloister.cli.options import AsJson
 from cloister.cli.output import emit, note
 from cloister.cli.template import JOB_TEMPLATE
 from cloister.errors import UsageError
-from cloister.report.model import InitReport, KeygenReport
+from cloister.report.outputs import InitReport, KeygenReport
 
 EXIT_CHECK_FAILED = 1
 

@@ -10,18 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cloister.report.model import (
-    ALL,
-    Attestation,
+from cloister.report.model import ALL, Attestation, Output, RunReport, Scored
+from cloister.report.outputs import (
     CompareReport,
     DoctorReport,
     EvaluateReport,
     ExportReport,
     GenerateReport,
-    Output,
     PlanReport,
-    RunReport,
-    Scored,
     VerifyReport,
 )
 from cloister.report.terminal import alarm, compare_view, run_view

@@ -13,7 +13,7 @@ from cloister.cli.output import emit
 from cloister.cli.progress import open_progress
 from cloister.errors import UsageError
 from cloister.jobfile import load_job
-from cloister.report.model import GenerateReport
+from cloister.report.outputs import GenerateReport
 
 
 def export(

@@ -30,7 +30,8 @@ from cloister.model.anatomy import load_model, pick_device
 from cloister.model.cut import Latter
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
-from cloister.report.model import EnclaveReport, Training
+from cloister.report.model import Training
+from cloister.report.outputs import EnclaveReport
 
 MAX_PAYLOAD_BYTES = 1 << 40
 """Largest bundle that an enclave takes; what a party declares in its signed header bounds it further."""

@@ -18,7 +18,8 @@ from cloister.evaluation import statistics
 from cloister.evaluation.rows import ByParty, scored_rows
 from cloister.evaluation.scores import Scores
 from cloister.evaluation.statistics import Difference
-from cloister.report.model import ALL, OTHERS, CompareReport, Comparison, Metric, RunRef, RunReport, System
+from cloister.report.model import ALL, OTHERS, Comparison, Metric, RunReport, System
+from cloister.report.outputs import CompareReport, RunRef
 
 _NAMED = 3
 """How many unpaired example ids an error names."""

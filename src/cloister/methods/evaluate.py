@@ -9,7 +9,8 @@ from typing import get_args
 from cloister.errors import DataError
 from cloister.evaluation.compare import load_scores, scores_path
 from cloister.evaluation.rows import ByParty, results_rows
-from cloister.report.model import ALL, EvaluateReport, JoinReport, ResultRow, RunReport, System
+from cloister.report.model import ALL, ResultRow, RunReport, System
+from cloister.report.outputs import EvaluateReport, JoinReport
 
 SYSTEMS: tuple[System, ...] = get_args(System)
 

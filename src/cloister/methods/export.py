@@ -19,7 +19,7 @@ from cloister.adapters.files import write_adapter
 from cloister.errors import AdapterError, ModelError, UsageError
 from cloister.jobfile import find_model, load_job
 from cloister.methods.verify import read_adapter, read_body
-from cloister.report.model import ExportedFile, ExportReport
+from cloister.report.outputs import ExportedFile, ExportReport
 
 _BLOCK_BYTES = 1 << 20
 

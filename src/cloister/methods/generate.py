@@ -13,7 +13,7 @@ from cloister.errors import TransportError, UsageError
 from cloister.jobfile import load_job
 from cloister.party.ask import generate_remote
 from cloister.progress import Progress
-from cloister.report.model import GenerateReport
+from cloister.report.outputs import GenerateReport
 
 _PROBE_S = 2.0
 """On this machine, a process that listens answers at once."""

@@ -29,7 +29,8 @@ from cloister.methods.processes import Role, Roles
 from cloister.methods.result import Stopwatch, write_report
 from cloister.model.anatomy import pick_device
 from cloister.progress import Event, Progress, task
-from cloister.report.model import JoinReport, RunReport
+from cloister.report.model import RunReport
+from cloister.report.outputs import JoinReport
 
 _OTHER_VERSION = "the folder holds a run of this job with another model, policy or version of cloister"
 

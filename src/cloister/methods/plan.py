@@ -29,7 +29,8 @@ from cloister.methods.estimate import ModelSize, PartCount
 from cloister.methods.host import usable_cpus
 from cloister.model.anatomy import DTYPES, load_tokenizer
 from cloister.progress import Progress, task
-from cloister.report.model import Party, PlanReport, Records, RolePlan, Truncated
+from cloister.report.model import Party, Records, Truncated
+from cloister.report.outputs import PlanReport, RolePlan
 
 _SAMPLE = 400
 """Records of a file that are tokenised: the mean length is then known to about 5 per cent."""

@@ -19,17 +19,8 @@ from cloister.evaluation.scores import Scores
 from cloister.methods.baselines import Baseline
 from cloister.methods.host import describe_host
 from cloister.report.html import write_html
-from cloister.report.model import (
-    CurvePoint,
-    JoinReport,
-    Party,
-    ReceiptRef,
-    RunReport,
-    Sample,
-    System,
-    Training,
-    Wire,
-)
+from cloister.report.model import CurvePoint, Party, ReceiptRef, RunReport, Sample, System, Training, Wire
+from cloister.report.outputs import JoinReport
 
 
 class Stopwatch:

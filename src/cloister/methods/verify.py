@@ -30,7 +30,8 @@ from cloister.attest.policy import SIMULATED, AppraisalPolicy
 from cloister.crypto.keys import fingerprint
 from cloister.errors import CloisterError, DataError, ProtocolError, UsageError, VerificationError
 from cloister.report.claims import attestation_of
-from cloister.report.model import RunReport, Signer, VerifyCheck, VerifyReport
+from cloister.report.model import RunReport
+from cloister.report.outputs import Signer, VerifyCheck, VerifyReport
 
 STEPS = (
     "form", "job", "approvals", "manifest", "instance", "evidence", "measurement", "countersignatures",

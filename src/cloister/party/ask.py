@@ -20,7 +20,7 @@ from cloister.party.generate import Answer, as_trained, generate, stop_ids
 from cloister.party.join import former_half
 from cloister.progress import Progress, task
 from cloister.report.claims import attestation_of
-from cloister.report.model import Alternative, Generated, GenerateReport
+from cloister.report.outputs import Alternative, Generated, GenerateReport
 
 
 def generate_remote(

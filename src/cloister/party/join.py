@@ -33,15 +33,8 @@ from cloister.party.client import PartyClient, Results
 from cloister.party.generate import as_trained, generate, prompt_ids, stop_ids
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
-from cloister.report.model import (
-    JoinReport,
-    ReceiptRef,
-    Records,
-    ResultRow,
-    Sample,
-    Truncated,
-    WireBytes,
-)
+from cloister.report.model import ReceiptRef, Records, ResultRow, Sample, Truncated, WireBytes
+from cloister.report.outputs import JoinReport
 
 RECONNECT_S = 300.0
 """How long a party tries to come back to an enclave that went away."""

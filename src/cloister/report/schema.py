@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .model import OUTPUTS, json_schema
+from cloister.report.outputs import OUTPUTS, json_schema
 
 DEFAULT_FOLDER = Path("docs/schema")
 

@@ -8,7 +8,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cloister.report.model import ALL, CompareReport, Comparison, RunReport, Scored
+from cloister.report.model import ALL, Comparison, RunReport, Scored
+from cloister.report.outputs import CompareReport
 from cloister.report.summary import (
     LABELS,
     MEASURES,

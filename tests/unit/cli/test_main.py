@@ -32,7 +32,7 @@ from cloister.errors import (
     VerificationError,
 )
 from cloister.jobfile import load_job
-from cloister.report.model import DoctorReport, ErrorReport
+from cloister.report.outputs import DoctorReport, ErrorReport
 
 COMMANDS = [
     str(command.name or command.callback.__name__) for command in the_app.registered_commands if command.callback

@@ -9,15 +9,13 @@ import pytest
 from rich.console import Console
 
 from cloister.cli.tables import duration, render, size
-from cloister.report.model import (
-    Attestation,
+from cloister.report.model import Attestation, Output, ResultRow
+from cloister.report.outputs import (
     EvaluateReport,
     ExportedFile,
     ExportReport,
     Generated,
     GenerateReport,
-    Output,
-    ResultRow,
     Signer,
     VerifyCheck,
     VerifyReport,

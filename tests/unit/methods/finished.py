@@ -31,7 +31,8 @@ from cloister.jobfile import find_model
 from cloister.jobfile.resolve import canonical_json
 from cloister.model.anatomy import load_model
 from cloister.model.cut import Whole
-from cloister.report.model import JoinReport, ReceiptRef, RunReport, System, WireBytes
+from cloister.report.model import ReceiptRef, RunReport, System, WireBytes
+from cloister.report.outputs import JoinReport
 from tests.unit.data.tiny_tokenizers import tiny_tokenizer
 from tests.unit.model.tiny import CONFIGS
 from tests.unit.report.fake import run_report

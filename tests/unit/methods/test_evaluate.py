@@ -8,7 +8,7 @@ from cloister.cli import main
 from cloister.errors import DataError
 from cloister.evaluation.rows import results_rows
 from cloister.methods.evaluate import evaluate_run
-from cloister.report.model import EvaluateReport
+from cloister.report.outputs import EvaluateReport
 from tests.unit.methods.finished import SYSTEMS, Finished
 
 

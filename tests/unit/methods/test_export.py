@@ -20,7 +20,7 @@ from cloister.job import AdapterSection
 from cloister.methods.export import export_run
 from cloister.model.anatomy import DTYPES, load_model
 from cloister.model.cut import Latter
-from cloister.report.model import ExportReport
+from cloister.report.outputs import ExportReport
 from tests.unit.methods.finished import Finished, base_model
 
 IDS = torch.tensor([[5, 9, 31, 7, 60, 12]])

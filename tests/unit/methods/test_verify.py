@@ -14,7 +14,7 @@ from cloister.cli import main
 from cloister.crypto.keys import fingerprint
 from cloister.errors import JobError, UsageError
 from cloister.methods.verify import NO_POLICY, OWN_POLICY, STEPS, verify_run
-from cloister.report.model import VerifyReport
+from cloister.report.outputs import VerifyReport
 from tests.unit.methods.finished import NOW, POLICY, Finished
 
 

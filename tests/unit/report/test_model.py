@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from cloister.errors import CloisterError, DataError, UsageError, VerificationError
-from cloister.report.model import OUTPUTS, CurvePoint, ErrorReport, RunReport, Wire
+from cloister.report.model import CurvePoint, RunReport, Wire
+from cloister.report.outputs import OUTPUTS, ErrorReport
 from cloister.report.schema import DEFAULT_FOLDER, schema_files, write_schemas
 
 from .fake import run_report

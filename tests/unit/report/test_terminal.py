@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from cloister.report import summary
-from cloister.report.model import ALL, CompareReport, RunRef, RunReport, Scored
+from cloister.report.model import ALL, RunReport, Scored
+from cloister.report.outputs import CompareReport, RunRef
 from cloister.report.terminal import print_compare, print_run
 
 from .fake import PARTIES, run_report
