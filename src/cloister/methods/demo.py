@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cloister
@@ -37,19 +38,20 @@ name = "demo"
 method = "split"
 
 [model]
-path = {str(base)!r}
+path = {json.dumps(str(base))}
 cut = 2
 
 [adapter]
 kind = "lora"
-rank = 8
-alpha = 16
+rank = 16
+alpha = 32
 
 [training]
 epochs = 3
-batch_tokens = 2048
-max_tokens = 256
+batch_tokens = 1024
+max_tokens = 512
 learning_rate = 5e-3
+evaluations = 3
 
 [transport]
 activation_dtype = "bfloat16"
