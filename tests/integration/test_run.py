@@ -25,7 +25,7 @@ ENCLAVE_TASKS = {
     "hashing the model": "",
     "loading latter layers": "",
     "waiting for parties": r"((north|south) \((approval|data keys|[a-z, ]+ bundle)\)(, )?)*",
-    "training": r"(loss \d+\.\d{3})?",
+    "training": r"",
     "scoring test sets": "",
     "handing out results": "",
 }
