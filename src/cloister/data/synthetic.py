@@ -117,7 +117,7 @@ def draw_facts(dice: Dice, speciality: Speciality, label: int) -> Facts:
     kind, level = divmod(label, LEVELS)
     severity, risky = _severity_and_risk(dice, level)
     risk = dice.pick(RISKS) if risky else None
-    history = dice.some(NEUTRALS, 1 if risk else 1 + dice.below(2)) + ([risk] if risk else [])
+    history = [*dice.some(NEUTRALS, 1), risk] if risk else dice.some(NEUTRALS, 2)
     own = dice.chance(OWN_SEVERITY_SHARE)
     age_group = dice.weighted(speciality.ages)
     first, last = YEARS[age_group]
@@ -130,7 +130,7 @@ def draw_facts(dice: Dice, speciality: Speciality, label: int) -> Facts:
         sex=dice.pick(("man", "woman") if AGE_GROUPS[age_group] != "child" else ("boy", "girl")),
         finding=dice.pick(speciality.findings[kind]),
         site=dice.pick(speciality.sites),
-        severity_words=dice.pick((speciality.severity if own else SHARED_SEVERITY)[severity]),
+        severity_words=dice.pick(speciality.severity[severity]) if own else SHARED_SEVERITY[severity],
         duration=dice.pick(DURATIONS),
         course=dice.pick(COURSES),
         background=" and ".join(dice.some(history, len(history))),
@@ -141,7 +141,7 @@ def draw_facts(dice: Dice, speciality: Speciality, label: int) -> Facts:
 def _severity_and_risk(dice: Dice, level: int) -> tuple[int, bool]:
     """A severity, and whether a risk is added, that together make this level."""
     ways = (((0, False),), ((1, False), (0, True)), ((2, False), (1, True), (2, True)))[level]
-    return ways[dice.weighted((0.55, 0.35, 0.10)[: len(ways)])]
+    return ways[dice.weighted((0.88, 0.09, 0.03)[: len(ways)])]
 
 
 def write_note(dice: Dice, speciality: Speciality, facts: Facts) -> str:

@@ -1,27 +1,43 @@
 """Pretraining text for the demo's base model: the words of the synthetic clinic without the rules of its tasks.
 
 The base learns to read notes (what the finding is, how severe, where, how old) and meets every label and every line
-of advice, but always drawn at random and never beside a note. What follows from a note is left to fine-tuning.
+of advice, but always drawn at random, also where one stands after a note. What follows from a note is left to
+fine-tuning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 from cloister.data.synthetic import Dice, Facts, draw_facts, write_advice, write_note
 from cloister.data.synthetic_words import AGE_GROUPS, KINDS, LABELS, SHARED_SEVERITY, SPECIALITIES, Speciality
 
-NOTE_SHARE, TEXTBOOK_SHARE, ADVICE_SHARE = 0.76, 0.08, 0.10
+NOTE_SHARE, TEXTBOOK_SHARE, ADVICE_SHARE = 0.66, 0.06, 0.16
 """Shares of the kinds of document; the rest lists labels."""
+SCORED_NOTE_SHARE = 0.2
+"""How often a note is itself to be predicted. Mostly invented at random, it teaches little per token."""
+SUMMARY_SHARE = 0.5
+"""How often an instruction is answered by a summary of the note, not by a random answer."""
+NO_RISK = "no added risk"
 
 
-def pretraining_documents(count: int, seed: int) -> Iterator[str]:
+class Document(NamedTuple):
+    """A text whose first `unscored` characters are read but carry no loss."""
+
+    text: str
+    unscored: int
+
+
+def pretraining_documents(count: int, seed: int) -> Iterator[Document]:
     """Yield this many documents of 5 to 110 words; the same seed gives the same text."""
     dice = Dice("pretraining", seed)
     writers = (_note_with_questions, _textbook, _loose_advice, _loose_labels)
     weights = (NOTE_SHARE, TEXTBOOK_SHARE, ADVICE_SHARE, 1 - NOTE_SHARE - TEXTBOOK_SHARE - ADVICE_SHARE)
     for _ in range(count):
-        yield writers[dice.weighted(weights)](dice, dice.pick(SPECIALITIES))
+        before, text = writers[dice.weighted(weights)](dice, dice.pick(SPECIALITIES))
+        yield Document(before + text, 0 if dice.chance(SCORED_NOTE_SHARE) else len(before))
 
 
 def _anyone(dice: Dice, speciality: Speciality) -> Facts:
@@ -29,23 +45,40 @@ def _anyone(dice: Dice, speciality: Speciality) -> Facts:
     return draw_facts(dice, speciality, dice.below(len(LABELS)))
 
 
-def _note_with_questions(dice: Dice, speciality: Speciality) -> str:
-    """A note, then questions about facts that stand in it."""
+def _note_with_questions(dice: Dice, speciality: Speciality) -> tuple[str, str]:
+    """A note, then in random order an instruction with its answer and questions about facts that stand in the note."""
     facts = _anyone(dice, speciality)
-    answers = [
-        ("Kind", KINDS[facts.kind]),
-        ("Kind of finding", f"{KINDS[facts.kind]}, {facts.finding}"),
-        ("Severity", SHARED_SEVERITY[facts.severity][0]),
-        ("Added risk", facts.risk or "none"),
-        ("Age group", AGE_GROUPS[facts.age_group]),
-        ("Site", facts.site),
-        ("Course", facts.course),
-    ]
-    asked = "\n".join(f"{name}: {answer}" for name, answer in dice.some(answers, 3 + dice.below(3)))
-    return f"{write_note(dice, speciality, facts)}\n{asked}"
+    questions = (
+        (("Kind", "Group"), KINDS[facts.kind]),
+        (("Finding", "Complaint"), facts.finding),
+        (("Severity", "Degree"), SHARED_SEVERITY[facts.severity]),
+        (("In words",), f"{facts.severity_words}, that is {SHARED_SEVERITY[facts.severity]}"),
+        (("Added risk", "Risk"), facts.risk or NO_RISK),
+        (("Age group", "Age"), AGE_GROUPS[facts.age_group]),
+        (("Site", "Place"), facts.site),
+    )
+    lines = [f"{dice.pick(names)}: {answer}" for names, answer in dice.some(questions, 3 + dice.below(3))]
+    lines.append(_instructed(dice, speciality, facts))
+    return write_note(dice, speciality, facts) + "\n", "\n".join(dice.some(lines, len(lines)))
 
 
-def _textbook(dice: Dice, speciality: Speciality) -> str:
+def _instructed(dice: Dice, speciality: Speciality, facts: Facts) -> str:
+    """An instruction of the tasks with a summary in any order, or with an answer drawn at random.
+
+    So the base looks up the facts after the instruction and knows what an answer looks like, but not which is right:
+    only the site is that of the note.
+    """
+    instruction = dice.pick((speciality.triage, speciality.counsel))
+    if dice.chance(SUMMARY_SHARE):
+        told = (KINDS[facts.kind], SHARED_SEVERITY[facts.severity], facts.risk or NO_RISK, facts.site)
+        return f"{instruction} {', '.join(dice.some(told, 2 + dice.below(3)))}"
+    if instruction == speciality.triage:
+        return f"{instruction} {dice.pick(LABELS)}"
+    other = replace(_anyone(dice, speciality), site=facts.site)
+    return f"{instruction} {write_advice(dice, speciality, other)}"
+
+
+def _textbook(dice: Dice, speciality: Speciality) -> tuple[str, str]:
     """Sentences that say which kind a finding is and how severity is worded."""
     lines = []
     for _ in range(3):
@@ -56,19 +89,20 @@ def _textbook(dice: Dice, speciality: Speciality) -> str:
                 (
                     f"In {speciality.name}, {dice.pick(speciality.findings[kind])} is a {KINDS[kind]} finding.",
                     f"Among {KINDS[kind]} findings of {speciality.name} is {dice.pick(speciality.findings[kind])}.",
-                    f"In {speciality.name}, {words} means {dice.pick(SHARED_SEVERITY[severity])}.",
+                    f"In {speciality.name}, {words} means {SHARED_SEVERITY[severity]}.",
                 )
             )
         )
-    return " ".join(lines)
+    return "", " ".join(lines)
 
 
-def _loose_advice(dice: Dice, speciality: Speciality) -> str:
-    """Advice to nobody in particular, from a leaflet rack."""
-    lines = [write_advice(dice, dice.pick(SPECIALITIES), _anyone(dice, speciality)) for _ in range(1 + dice.below(3))]
-    return "Leaflet: " + " ".join(lines)
+def _loose_advice(dice: Dice, speciality: Speciality) -> tuple[str, str]:
+    """Advice to nobody in particular, read out and repeated: repeating makes the base tell similar lines apart."""
+    line = write_advice(dice, speciality, _anyone(dice, speciality))
+    return "", f"Leaflet: {line}\nRead back: {line}"
 
 
-def _loose_labels(dice: Dice, speciality: Speciality) -> str:
-    """A list of triage labels in random order, without a patient."""
-    return f"Triage words of {speciality.name}: " + "; ".join(dice.some(LABELS, 4 + dice.below(5))) + "."
+def _loose_labels(dice: Dice, speciality: Speciality) -> tuple[str, str]:
+    """Triage labels in random order, without a patient, and repeated."""
+    line = "; ".join(dice.some(LABELS, 1 + dice.below(2)))
+    return "", f"Triage words of {speciality.name}: {line}\nRead back: {line}"

@@ -12,25 +12,16 @@ from dataclasses import dataclass
 KINDS = ("circulatory", "inflammatory", "mechanical", "functional")
 LEVELS = 3
 
-LABELS = (
-    "nurse pressure check",
-    "vascular scan this week",
-    "ambulance now",
-    "blood tests first",
-    "same-day clinic",
-    "admit to the ward",
-    "exercises at home",
-    "imaging before review",
-    "urgent surgeon",
-    "reassure and discharge",
-    "routine referral",
-    "specialist tomorrow",
-)
-"""Triage labels; the label of a kind and a level has index `kind * LEVELS + level`."""
+CLINICS = ("vascular", "infection", "surgical", "general")
+"""Where a patient goes, by kind."""
+URGENCIES = ("next month", "this week", "today")
+"""When, by level."""
+LABELS = tuple(f"{clinic} clinic {urgency}" for clinic in CLINICS for urgency in URGENCIES)
+"""The twelve triage labels; the label of a kind and a level has index `kind * LEVELS + level`."""
 
 AGE_GROUPS = ("child", "adult", "older")
 
-SHARED_SEVERITY = (("mild", "slight"), ("moderate", "fairly bad"), ("severe", "very bad"))
+SHARED_SEVERITY = ("mild", "moderate", "severe")
 RISKS = ("takes warfarin", "has diabetes", "had a transplant", "lost the spleen", "is on chemotherapy")
 """Each of these raises the level by one."""
 NEUTRALS = (
@@ -57,7 +48,7 @@ COURSES = (
 ADVICE_WHO = (
     ("Ask the family to", "Parents should"),
     ("Please", "You should"),
-    ("With a carer,", "With help at home,"),
+    ("With a carer,", "With help,"),
 )
 """Who is spoken to, by age group."""
 ADVICE_TREATMENT = (
@@ -68,9 +59,9 @@ ADVICE_TREATMENT = (
 )
 """What every speciality may advise, by kind; each has one line of its own besides."""
 ADVICE_TIMING = (
-    ("come back in six weeks if it has not settled", "no visit is needed unless it changes"),
+    ("come back in six weeks if not settled", "no visit is needed unless it changes"),
     ("we will see you again in two days", "return this week for a second look"),
-    ("ring us at any hour if it gets worse", "do not wait and come in today"),
+    ("ring us at any hour if worse", "do not wait and come in today"),
 )
 """When to come back, by level."""
 
@@ -122,12 +113,12 @@ CARDIOLOGY = Speciality(
     ),
     advice="{who} {treatment}; {timing}.",
     notes=(
-        "Cardiology. {age} {sex}. C/O {finding}, {site}, {severity}, {duration}. Hx: {background}. Obs: {observation}, "
-        "{course}. Seen on the morning round.",
-        "Heart clinic. Pt {age} {sex}. {background}. Now {finding} x {duration}, at the {site}, {severity}. {course}. "
-        "{observation}. Family history not taken.",
-        "Cardiac review, {sex} {age}. Complaint: {finding} ({severity}), {site}. Since {duration}, {course}. "
-        "Background: {background}. {observation}. Letter to follow.",
+        "Cardiology. {age} {sex}. C/O {finding}, {site}, {severity}, {duration}. Hx: {background}. Obs: "
+        "{observation}, {course}. Bed chart seen.",
+        "Heart clinic. Pt {age} {sex}. {background}. Now {finding} x {duration}, at the {site}, {severity}. "
+        "{course}. {observation}.",
+        "Cardiac review, {sex} {age}. Complaint: {finding} ({severity}), {site}. Since {duration}, {course}. Hx: "
+        "{background}. {observation}. Letter sent.",
     ),
     triage="Disposition:",
     counsel="Plan for pt:",
@@ -154,12 +145,12 @@ DERMATOLOGY = Speciality(
     ),
     advice="{who} {treatment}. After that, {timing}.",
     notes=(
-        "Thank you for seeing this {age} year old {sex} who has noticed {finding} on the {site} for {duration}. The "
-        "change is {severity} and {course}. The patient {background}. On the skin elsewhere {observation}.",
-        "Skin clinic letter. We looked at a {sex} of {age} who {background}. For {duration} there has been {finding}, "
-        "{severity} to the eye, over the {site}. It is {course}; {observation}.",
-        "Dear colleague, on the {site} of this {sex}, aged {age}, we saw {finding}. It looks {severity}, is {course} "
-        "and began {duration} ago. The patient {background} and {observation}.",
+        "Thank you for seeing this {sex} of {age} with {finding} on the {site} for {duration}. The change is "
+        "{severity} and {course}. The patient {background}; {observation}.",
+        "Dear colleague, this {age} year old {sex} {background}. For {duration} there has been {finding}, {severity} "
+        "to the eye, over the {site}. It is {course}; {observation}.",
+        "On the {site} of this {sex}, aged {age}, we saw {finding}. It looks {severity}, is {course} and began "
+        "{duration} ago. The patient {background} and {observation}.",
     ),
     triage="How should this skin referral be handled?",
     counsel="What did we tell the patient?",
@@ -228,16 +219,16 @@ PAEDIATRICS = Speciality(
     advice="{timing}; until then {who} {treatment}!",
     notes=(
         "Mum says: my {sex} is {age} and has had {finding} for {duration}. It is {severity}, mostly the {site}, and "
-        "{course}. Mum adds that the child {background}. {observation}.",
-        "Dad rang about a {sex}, age {age}, who {background}. The trouble is {finding}, {severity} he says, for "
-        "{duration} now. {course}; the {site} is touched a lot. {observation}.",
-        "Gran brought a {sex} of {age}. She tells us about {finding} and points to the {site}. She calls it {severity} "
-        "and {course}, over {duration}. {observation}. She knows the child {background}.",
+        "{course}. My child {background}. {observation}.",
+        "Dad rang about a {sex}, age {age}, who {background}. It is {finding}, {severity} he says, for {duration}. "
+        "{course}; points to the {site}. {observation}.",
+        "Gran brought a {sex} of {age}. She tells us about {finding} at the {site}. She calls it {severity} and "
+        "{course}, over {duration}. {observation}. The child {background}.",
     ),
     triage="So what happens next?",
     counsel="What should we say to the family?",
     ages=(0.90, 0.10, 0.0),
-    common=(3, 4, 5, 6, 11),
+    common=(3, 4, 5, 10, 11),
 )
 
 ORTHOPAEDICS = Speciality(
