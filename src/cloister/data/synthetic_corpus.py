@@ -18,8 +18,8 @@ NOTE_SHARE, TEXTBOOK_SHARE, ADVICE_SHARE = 0.66, 0.06, 0.16
 """Shares of the kinds of document; the rest lists labels."""
 SCORED_NOTE_SHARE = 0.2
 """How often a note is itself to be predicted. Mostly invented at random, it teaches little per token."""
-SUMMARY_SHARE = 0.5
-"""How often an instruction is answered by a summary of the note, not by a random answer."""
+SUMMARY_SHARE = 0.6
+"""How often an instruction is answered by facts of the note, not by a random answer."""
 NO_RISK = "no added risk"
 
 
@@ -63,19 +63,22 @@ def _note_with_questions(dice: Dice, speciality: Speciality) -> tuple[str, str]:
 
 
 def _instructed(dice: Dice, speciality: Speciality, facts: Facts) -> str:
-    """An instruction of the tasks with a summary in any order, or with an answer drawn at random.
+    """An instruction of the tasks, with facts in the layout of an answer or with an answer drawn at random.
 
-    So the base looks up the facts after the instruction and knows what an answer looks like, but not which is right:
+    So the base looks facts up where the tasks need them and knows what an answer looks like, but not which is right:
     only the site is that of the note.
     """
-    instruction = dice.pick((speciality.triage, speciality.counsel))
-    if dice.chance(SUMMARY_SHARE):
-        told = (KINDS[facts.kind], SHARED_SEVERITY[facts.severity], facts.risk or NO_RISK, facts.site)
-        return f"{instruction} {', '.join(dice.some(told, 2 + dice.below(3)))}"
-    if instruction == speciality.triage:
-        return f"{instruction} {dice.pick(LABELS)}"
-    other = replace(_anyone(dice, speciality), site=facts.site)
-    return f"{instruction} {write_advice(dice, speciality, other)}"
+    kind, severity, risk = KINDS[facts.kind], SHARED_SEVERITY[facts.severity], facts.risk or NO_RISK
+    told, asks_triage = dice.chance(SUMMARY_SHARE), dice.chance(0.5)
+    first, second = dice.some((severity, risk), 2)
+    if asks_triage:
+        answer = f"{kind}, {first}, {second}" if told else dice.pick(LABELS)
+    elif told:
+        treatment, timing = f"{kind} at the {facts.site}", f"{first}, {second}"
+        answer = speciality.advice.format(who=AGE_GROUPS[facts.age_group], treatment=treatment, timing=timing)
+    else:
+        answer = write_advice(dice, speciality, replace(_anyone(dice, speciality), site=facts.site))
+    return f"{speciality.triage if asks_triage else speciality.counsel} {answer}"
 
 
 def _textbook(dice: Dice, speciality: Speciality) -> tuple[str, str]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 KINDS = ("circulatory", "inflammatory", "mechanical", "functional")
 LEVELS = 3
 
-CLINICS = ("vascular", "infection", "surgical", "general")
-"""Where a patient goes, by kind."""
+TEAMS = ("vascular", "infection", "surgical", "general")
+"""Which team sees the patient, by kind."""
 URGENCIES = ("next month", "this week", "today")
-"""When, by level."""
-LABELS = tuple(f"{clinic} clinic {urgency}" for clinic in CLINICS for urgency in URGENCIES)
+"""How soon, by level."""
+LABELS = tuple(f"{team}, {urgency}" for team in TEAMS for urgency in URGENCIES)
 """The twelve triage labels; the label of a kind and a level has index `kind * LEVELS + level`."""
 
 AGE_GROUPS = ("child", "adult", "older")
@@ -146,11 +146,11 @@ DERMATOLOGY = Speciality(
     advice="{who} {treatment}. After that, {timing}.",
     notes=(
         "Thank you for seeing this {sex} of {age} with {finding} on the {site} for {duration}. The change is "
-        "{severity} and {course}. The patient {background}; {observation}.",
+        "{severity}, {course}. The patient {background}; {observation}.",
         "Dear colleague, this {age} year old {sex} {background}. For {duration} there has been {finding}, {severity} "
-        "to the eye, over the {site}. It is {course}; {observation}.",
-        "On the {site} of this {sex}, aged {age}, we saw {finding}. It looks {severity}, is {course} and began "
-        "{duration} ago. The patient {background} and {observation}.",
+        "to the eye, over the {site}. So far: {course}; {observation}.",
+        "On the {site} of this {sex}, aged {age}, we saw {finding}. It looks {severity}, {course}, and began "
+        "{duration} ago. The patient {background}; {observation}.",
     ),
     triage="How should this skin referral be handled?",
     counsel="What did we tell the patient?",
@@ -222,12 +222,12 @@ PAEDIATRICS = Speciality(
         "{course}. My child {background}. {observation}.",
         "Dad rang about a {sex}, age {age}, who {background}. It is {finding}, {severity} he says, for {duration}. "
         "{course}; points to the {site}. {observation}.",
-        "Gran brought a {sex} of {age}. She tells us about {finding} at the {site}. She calls it {severity} and "
+        "Gran brought a {sex} of {age}. She tells us about {finding} at the {site}. She calls it {severity}, "
         "{course}, over {duration}. {observation}. The child {background}.",
     ),
     triage="So what happens next?",
     counsel="What should we say to the family?",
-    ages=(0.90, 0.10, 0.0),
+    ages=(1.0, 0.0, 0.0),
     common=(3, 4, 5, 10, 11),
 )
 
@@ -254,7 +254,7 @@ ORTHOPAEDICS = Speciality(
         "{observation}",
         "ORTHO | {site} | {age} {sex} | PMH {background} | {duration} | {finding} | {course} | {observation} | score "
         "{severity} | theatre list checked",
-        "ORTHO | {finding} {site} | score {severity} | {age} {sex} | {observation} | {course} | {duration} | PMH "
+        "ORTHO | {finding}, {site} | score {severity} | {age} {sex} | {observation} | {course} | {duration} | PMH "
         "{background} | plaster room told",
     ),
     triage="| OUTCOME:",
