@@ -33,6 +33,7 @@ app = typer.Typer(
 for group in (roles, runs, use, prepare):
     for command in group.COMMANDS:
         app.command()(command)
+app.command(hidden=True)(roles.baseline)  # a child process of `run`
 
 
 def _show_version(wanted: bool) -> None:

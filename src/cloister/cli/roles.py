@@ -22,6 +22,7 @@ from cloister.cli.options import (
 )
 from cloister.cli.output import emit, note
 from cloister.cli.progress import open_progress
+from cloister.errors import UsageError
 from cloister.jobfile import load_job
 from cloister.methods.processes import end_with_parent
 
@@ -166,6 +167,34 @@ def join(
             samples=samples,
         )
     emit(report, as_json)
+
+
+def baseline(
+    job: JobFile,
+    kind: Annotated[str, typer.Argument(metavar="central|local")],
+    out: OutFolder,
+    as_json: AsJson = False,
+    progress: ShowProgress = "auto",
+) -> None:
+    """Train what a run is compared with; started by `cloister run`, which holds everybody's data.
+
+    \b
+    Examples:
+      cloister baseline runs/one/job.toml central --out runs/one/baselines
+    """
+    loaded = load_job(job)
+    end_with_parent()
+    from cloister.agreement.job import open_job
+    from cloister.methods.baselines import KINDS, run_baselines
+    from cloister.model.anatomy import pick_device
+
+    kinds = [known for known in KINDS if known == kind]
+    if not kinds:
+        raise UsageError(f"there is no baseline {kind!r}", hint=f"there are {', '.join(KINDS)}")
+    with open_progress(progress) as reporter:
+        resolved = open_job(loaded, progress=reporter).resolved
+        device = pick_device(loaded.job.enclave.device)
+        run_baselines(resolved, kinds[0], out, device=device, progress=reporter)
 
 
 COMMANDS = (demo, run, enclave, join)

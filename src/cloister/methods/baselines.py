@@ -7,19 +7,18 @@ sees. A party alone makes as many passes over its own data as the pooled trainin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from cloister.adapters.lora import add_lora
 from cloister.data.packing import Pack
 from cloister.data.prepare import PartyData, prepare
 from cloister.errors import DataError
 from cloister.evaluation.scores import Scores, score
-from cloister.job import TrainingSection
+from cloister.job import Job, TrainingSection
 from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer
 from cloister.model.cut import Whole
@@ -37,37 +36,49 @@ class Baseline:
     curve: Curve
 
 
-def run_baselines(
-    resolved: ResolvedJob, folder: Path, *, threads: int, device: str, progress: Progress
-) -> dict[str, Baseline]:
-    """Train and score what the job's `[evaluation] baselines` ask for: "central", and "local:NAME" for each party.
+Kind = Literal["central", "local"]
+KINDS: tuple[Kind, ...] = ("central", "local")
 
-    Finished ones are taken from `folder`, so that a run that was interrupted continues.
+
+def trainings(job: Job, kind: Kind) -> list[str]:
+    """What a kind of baseline consists of: "central", or "local:NAME" for each party."""
+    return ["central"] if kind == "central" else [f"local:{party.name}" for party in job.party]
+
+
+def run_baselines(resolved: ResolvedJob, kind: Kind, folder: Path, *, device: str, progress: Progress) -> None:
+    """Train and score one kind of baseline, and leave the results in `folder`.
+
+    Trainings that are finished there are not repeated, so that a run that was interrupted continues.
     """
-    wanted = ["central"] if "central" in resolved.job.evaluation.baselines else []
-    if "local" in resolved.job.evaluation.baselines:
-        wanted += [f"local:{party.name}" for party in resolved.job.party]
-    if not wanted:
-        return {}
-    torch.set_num_threads(threads)
-    done = {name: found for name in wanted if (found := _read(resolved, folder, name)) is not None}
-    if len(done) < len(wanted):
-        with task(progress, "baselines: reading records"):
-            tokenizer = load_tokenizer(resolved.model.folder)
-            data = {
-                p.name: prepare(
-                    resolved.job,
-                    tokenizer,
-                    resolved.loaded.data_file(p.name, "train"),
-                    resolved.loaded.data_file(p.name, "test"),
-                )
-                for p in resolved.job.party
-            }
-        for name in wanted:
-            if name not in done:
-                done[name] = _run(resolved, data, name, device, progress)
-                _write(folder, name, done[name])
-    return {name: done[name] for name in wanted}
+    missing = [name for name in trainings(resolved.job, kind) if _read(resolved, folder, name) is None]
+    if not missing:
+        return
+    with task(progress, "reading records"):
+        tokenizer = load_tokenizer(resolved.model.folder)
+        loaded = resolved.loaded
+        data = {
+            p.name: prepare(
+                resolved.job, tokenizer, loaded.data_file(p.name, "train"), loaded.data_file(p.name, "test")
+            )
+            for p in resolved.job.party
+        }
+    for name in missing:
+        _write(folder, name, _run(resolved, data, name, device, progress))
+
+
+def read_baselines(resolved: ResolvedJob, kinds: Sequence[Kind], folder: Path) -> dict[str, Baseline]:
+    """The finished trainings of some kinds.
+
+    Raises:
+        DataError: one is missing.
+    """
+    found = {}
+    for name in (name for kind in kinds for name in trainings(resolved.job, kind)):
+        baseline = _read(resolved, folder, name)
+        if baseline is None:
+            raise DataError(f"the baseline {name} is not finished", where=str(folder))
+        found[name] = baseline
+    return found
 
 
 def _run(resolved: ResolvedJob, data: Mapping[str, PartyData], name: str, device: str, progress: Progress) -> Baseline:

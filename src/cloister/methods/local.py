@@ -23,12 +23,11 @@ from cloister.data.prepare import files_sha256
 from cloister.errors import RunError, UsageError
 from cloister.job import Job, PartySection
 from cloister.jobfile import LoadedJob, find_model, load_job, render_job, shared_content
-from cloister.methods.baselines import run_baselines
+from cloister.methods.baselines import KINDS, Kind, read_baselines
 from cloister.methods.host import usable_cpus
 from cloister.methods.processes import Role, Roles
 from cloister.methods.result import Stopwatch, write_report
-from cloister.model.anatomy import pick_device
-from cloister.progress import Event, Progress, task
+from cloister.progress import Progress, task
 from cloister.report.model import RunReport
 from cloister.report.outputs import JoinReport
 
@@ -65,42 +64,27 @@ def run_job(
     _claim_data(out, opened)
     if (out / "report.json").exists() and not serve:
         return RunReport.read(out / "report.json")
+    compared: list[Kind] = [kind for kind in KINDS if kind in loaded.job.evaluation.baselines]
     threads, party_threads = _share_processors(loaded.job)
     (out / "logs").mkdir(exist_ok=True)
     with Roles() as roles:
         address = _start_enclave(roles, out, serve=serve, threads=threads, progress=progress)
         parties = [_start_party(roles, out, name, address, samples, party_threads, progress) for name in opened.parties]
         clock.lap("starting")
-        baselines = run_baselines(
-            opened.resolved,
-            out / "baselines",
-            threads=threads,
-            device=pick_device(loaded.job.enclave.device),
-            progress=_Checked(progress, roles),
-        )
-        clock.lap("baselines")
-        with task(progress, "waiting for the roles to end"):
-            joined = [JoinReport.model_validate_json(r) for r in roles.wait(parties)]
-        clock.lap("waiting for roles")
+        for kind in compared:
+            _start_baseline(roles, out, kind, threads, progress)
+        joined = [JoinReport.model_validate_json(result) for result in roles.wait(parties)]
+        clock.lap("parties and enclave")
+        roles.wait([role for role in roles.started if role.name in compared])
+        clock.lap("baselines after that")
         with task(progress, "statistics and report"):
+            baselines = read_baselines(opened.resolved, compared, out / "baselines")
             report = write_report(opened, out, joined, baselines, command=command, clock=clock)
         if serve:
             on_report(report)
             with task(progress, f"answering queries at {address}, Ctrl-C ends it"):
                 roles.wait(roles.started)
     return report
-
-
-class _Checked:
-    """Passes progress on and looks whether a role has failed, so that a long baseline does not hide it."""
-
-    def __init__(self, progress: Progress, roles: Roles) -> None:
-        self._progress = progress
-        self._roles = roles
-
-    def report(self, event: Event) -> None:
-        self._roles.check()
-        self._progress.report(event)
 
 
 def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
@@ -213,6 +197,11 @@ def _start_enclave(roles: Roles, out: Path, *, serve: bool, threads: int, progre
             raise RunError("the enclave ended before it listened", where="enclave", hint=f"see {log}")
         time.sleep(0.05)
     return str(json.loads((folder / "address").read_text())["address"])
+
+
+def _start_baseline(roles: Roles, out: Path, kind: Kind, threads: int, progress: Progress) -> None:
+    arguments = ["baseline", str(out / "job.toml"), kind, "--out", str(out / "baselines")]
+    roles.add(Role(kind, arguments, log=out / "logs" / f"{kind}.log", threads=threads, progress=progress))
 
 
 def _start_party(
