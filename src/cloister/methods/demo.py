@@ -13,7 +13,7 @@ from cloister.progress import Progress, task
 from cloister.report.model import RunReport
 
 _SEED = 20260
-_TRAIN, _TEST = 240, 60
+_TRAIN, _TEST = 200, 60
 
 
 def run_demo(out: Path, *, command: str, progress: Progress) -> RunReport:
@@ -39,7 +39,7 @@ method = "split"
 
 [model]
 path = {json.dumps(str(base))}
-cut = 2
+cut = 1
 
 [adapter]
 kind = "lora"
