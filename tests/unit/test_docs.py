@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "cloister"
 _SKIPPED = {".venv", ".pytest_cache", "build", "dist", "demo-run", "runs"}
 DOCUMENTS = sorted(p for p in ROOT.rglob("*.md") if not _SKIPPED & set(p.relative_to(ROOT).parts))
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group has them
+_GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {name: command for name, command in _GROUP.commands.items() if not command.hidden}
 
 
 def text(name: str) -> str:

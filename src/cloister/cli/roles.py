@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,6 @@ from cloister.cli.options import (
 )
 from cloister.cli.output import emit, note
 from cloister.cli.progress import open_progress
-from cloister.errors import UsageError
 from cloister.jobfile import load_job
 from cloister.methods.processes import end_with_parent
 
@@ -171,7 +170,7 @@ def join(
 
 def baseline(
     job: JobFile,
-    kind: Annotated[str, typer.Argument(metavar="central|local")],
+    kind: Annotated[Literal["central", "local"], typer.Argument(help="All data in one place, or each party alone.")],
     out: OutFolder,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
@@ -184,17 +183,10 @@ def baseline(
     """
     loaded = load_job(job)
     end_with_parent()
-    from cloister.agreement.job import open_job
-    from cloister.methods.baselines import KINDS, run_baselines
-    from cloister.model.anatomy import pick_device
+    from cloister.methods.baselines import baseline_job
 
-    kinds = [known for known in KINDS if known == kind]
-    if not kinds:
-        raise UsageError(f"there is no baseline {kind!r}", hint=f"there are {', '.join(KINDS)}")
     with open_progress(progress) as reporter:
-        resolved = open_job(loaded, progress=reporter).resolved
-        device = pick_device(loaded.job.enclave.device)
-        run_baselines(resolved, kinds[0], out, device=device, progress=reporter)
+        baseline_job(loaded, kind, out, progress=reporter)
 
 
 COMMANDS = (demo, run, enclave, join)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from cloister.adapters.lora import add_lora
+from cloister.agreement.job import open_job
 from cloister.data.packing import Pack
 from cloister.data.prepare import PartyData, prepare
 from cloister.errors import DataError
 from cloister.evaluation.scores import Scores, score
 from cloister.job import Job, TrainingSection
-from cloister.jobfile import ResolvedJob
-from cloister.model.anatomy import load_model, load_tokenizer
+from cloister.jobfile import LoadedJob, ResolvedJob
+from cloister.model.anatomy import load_model, load_tokenizer, pick_device
 from cloister.model.cut import Whole
 from cloister.progress import Progress, task
 from cloister.training.loop import PackList, Point, TrainingResult, train
@@ -43,6 +44,16 @@ KINDS: tuple[Kind, ...] = ("central", "local")
 def trainings(job: Job, kind: Kind) -> list[str]:
     """What a kind of baseline consists of: "central", or "local:NAME" for each party."""
     return ["central"] if kind == "central" else [f"local:{party.name}" for party in job.party]
+
+
+def baseline_job(loaded: LoadedJob, kind: Kind, out: Path, *, progress: Progress) -> None:
+    """One kind of baseline of a job whose parties all have keys, as a process of its own.
+
+    Raises:
+        CloisterError: see `open_job` and `run_baselines`.
+    """
+    resolved = open_job(loaded, progress=progress).resolved
+    run_baselines(resolved, kind, out, device=pick_device(loaded.job.enclave.device), progress=progress)
 
 
 def run_baselines(resolved: ResolvedJob, kind: Kind, folder: Path, *, device: str, progress: Progress) -> None:

@@ -35,7 +35,9 @@ from cloister.jobfile import load_job
 from cloister.report.outputs import DoctorReport, ErrorReport
 
 COMMANDS = [
-    str(command.name or command.callback.__name__) for command in the_app.registered_commands if command.callback
+    str(command.name or command.callback.__name__)
+    for command in the_app.registered_commands
+    if command.callback and not command.hidden
 ]
 
 
