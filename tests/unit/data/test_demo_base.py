@@ -43,7 +43,7 @@ def test_the_model_is_a_llama_that_can_be_cut(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Cardiology. 64 man.", "naïve café £5 – 体温 38.5 °C 🙂", "two  blanks,\n\ttab", *LABELS, ""]
+    "text", ["Cardiology. 64 man.", "naïve café £5, 体温 38.5 °C 🙂", "two  blanks,\n\ttab", *LABELS, ""]
 )
 def test_the_tokenizer_returns_any_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     """Byte-level BPE loses nothing, whether or not it has met the letters; a text begins with <bos>."""
