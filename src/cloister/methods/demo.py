@@ -13,7 +13,7 @@ from cloister.progress import Progress, task
 from cloister.report.model import RunReport
 
 _SEED = 20260
-_TRAIN, _TEST = 200, 60
+_TRAIN, _TEST = 180, 48
 
 
 def run_demo(out: Path, *, command: str, progress: Progress) -> RunReport:
@@ -51,7 +51,7 @@ epochs = 3
 batch_tokens = 1024
 max_tokens = 512
 learning_rate = 5e-3
-evaluations = 3
+evaluations = 2
 
 [transport]
 activation_dtype = "bfloat16"
