@@ -170,9 +170,10 @@ def _claim_data(out: Path, opened: OpenJob) -> None:
     loaded = opened.resolved.loaded
     files = [loaded.data_file(name, part) for name in opened.parties for part in ("train", "test")]
     path, content = out / "data_sha256", files_sha256(files)
-    if path.exists() and path.read_text().strip() != content:
+    if not path.exists():
+        path.write_text(content + "\n")
+    elif path.read_text().strip() != content:
         raise UsageError("data files have changed since this run began", where=str(out), hint="choose another --out")
-    path.write_text(content + "\n")
 
 
 def _share_processors(job: Job) -> tuple[int, int]:
