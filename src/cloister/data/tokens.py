@@ -310,7 +310,8 @@ def _path(ids: list[int], offsets: list[tuple[int, int]], text: _Text, tokenizer
     bos = tokenizer.bos_token_id
     specials = _first(len(ids), lambda i: ends[i] > 0 and ids[i] != bos)
     first = _first(len(ids), lambda i: ends[i] > root_end)
-    end = _first(len(ids), lambda i: i >= first and starts[i] >= branch_end)
+    # Some tokenizers trim white space from offsets: the branch's last blank then spans nothing, at its end.
+    end = _first(len(ids), lambda i: i >= first and starts[i] >= branch_end < ends[i])
     if first == end:
         raise DataError(
             "a response or choice has no token of its own",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cloister.data.records import Record
@@ -302,6 +302,7 @@ TEXTS = st.lists(PIECE, min_size=1, max_size=12).map("".join).filter(lambda t: b
 
 
 @settings(max_examples=60, deadline=None)
+@example(kind="trimmed", prompt="0", response="0 ", template=None)
 @given(kind=st.sampled_from(KINDS), prompt=TEXTS, response=TEXTS, template=st.sampled_from([None, TEMPLATE]))
 def test_targets_are_exactly_the_tokens_that_hold_response_text(
     kind: str, prompt: str, response: str, template: str | None
