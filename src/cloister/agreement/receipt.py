@@ -19,6 +19,7 @@ from typing import Any
 from cloister.agreement.manifest import Manifest
 from cloister.agreement.signing import APPROVAL_LABEL, MANIFEST_LABEL, approval_message
 from cloister.attest.binding import instance_report_data
+from cloister.attest.checks import Check
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
 from cloister.attest.policy import AppraisalPolicy
@@ -141,16 +142,6 @@ def countersign_message(receipt: Receipt, at: int) -> bytes:
     """What a party signs: the body, the instance, and when it looked."""
     digest = hashlib.sha256(receipt.instance.evidence).digest()
     return join(receipt.body_sha256, receipt.instance.id, receipt.instance.signing_key, digest, at.to_bytes(8, "big"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One step of a verification."""
-
-    n: int
-    name: str
-    passed: bool
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

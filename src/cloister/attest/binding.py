@@ -7,6 +7,7 @@ session; the role stops reflection; the job and the verifier's nonce stop replay
 from __future__ import annotations
 
 import hashlib
+from hmac import compare_digest
 from typing import Literal
 
 from cloister.crypto.encoding import join
@@ -30,6 +31,16 @@ def instance_report_data(
     if len(nonce) < 16:
         raise ValueError("the verifier's nonce must have at least 16 bytes")
     return _bind("instance-keys", job_id.encode(), instance_id, signing_key, hpke_key, nonce)
+
+
+def device_nonce(report_data: bytes) -> bytes:
+    """What a device's evidence is bound to: 32 bytes from the report data of the CPU evidence that it comes with."""
+    return hashlib.sha256(join(b"cloister device nonce v1", report_data)).digest()
+
+
+def is_bound(found: bytes, expected: bytes) -> bool:
+    """Whether what an attester signed is the expected report data, or its SHA-256 where 64 bytes do not fit (TPM)."""
+    return compare_digest(found, expected) or compare_digest(found, hashlib.sha256(expected).digest())
 
 
 def _bind(label: str, *fields: bytes) -> bytes:

@@ -14,7 +14,7 @@ class Report:
 
     type: str
     report_data: bytes
-    """64 bytes that the attester was asked to sign."""
+    """What the attester was asked to sign: 64 bytes, or their SHA-256 where 64 do not fit (see `binding.is_bound`)."""
     registers: Mapping[str, bytes]
     """Measurements by register name."""
     hardware: bool
@@ -24,7 +24,7 @@ class Report:
     issued_at: int | None = None
     """Seconds since 1970, where the evidence states it under its signature."""
     tcb: Mapping[str, str] = field(default_factory=dict)
-    """Firmware and microcode versions, status, advisories."""
+    """Firmware and microcode versions, status, advisories, identity of the device."""
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,13 +47,15 @@ class Claims:
     measurement_label: str | None
     """The label of the policy's reference value that matched; None where the policy takes any measurement."""
     report_data: str
-    """Hex; equals what the verifier expected."""
+    """Hex; what the evidence is bound to."""
     issued_at: int | None
     verified_at: int
     """Seconds since 1970 by the verifier's clock."""
     policy_sha256: str
     tcb: Mapping[str, str]
     warnings: tuple[str, ...]
+    devices: tuple[Mapping[str, str], ...] = ()
+    """Type, identity, firmware and driver of each accelerator that attested together with this machine."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for reports and receipts."""
@@ -69,4 +71,5 @@ class Claims:
             "policy_sha256": self.policy_sha256,
             "tcb": dict(self.tcb),
             "warnings": list(self.warnings),
+            "devices": [dict(device) for device in self.devices],
         }

@@ -10,20 +10,27 @@
     type = "tdx"
     registers = { mr_td = "hex", rtmr1 = "hex" }   # every register named here must be equal
 
+    [tdx]                         # rules of one type, see `attest.rules`: tdx, sgx, sev-snp, tpm, nvidia-gpu
+    statuses = ["UpToDate"]
+
 `simulated` evidence needs `insecure_simulated = true` here, and permission from the caller as well.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
+
+from cloister.attest.rules import RULE_TABLES, RuleTables
 from cloister.crypto.encoding import encode
 from cloister.errors import JobError
 
@@ -34,7 +41,7 @@ SIMULATED = "simulated"
 _POLICY_KEYS = ("accept", "insecure_simulated", "max_age_s", "measurements")
 _MEASUREMENT_KEYS = ("label", "type", "registers")
 _TYPE = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_HEX = re.compile(r"([0-9a-fA-F]{2}){16,64}")
+_HEX = re.compile(r"([0-9a-fA-F]{2}){1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class AppraisalPolicy:
     max_age_s: int = 300
     any_measurement: bool = False
     reference_values: tuple[ReferenceValue, ...] = ()
+    rules: RuleTables = field(default_factory=RuleTables)
 
     def __post_init__(self) -> None:
         if SIMULATED in self.accept and not self.insecure_simulated:
@@ -104,7 +112,7 @@ class AppraisalPolicy:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as exc:
             raise JobError(f"not valid TOML: {exc}", where=where) from exc
-        _refuse_unknown(table, ("policy", "measurement"), where)
+        _refuse_unknown(table, ("policy", "measurement", *RULE_TABLES), where)
         policy = _expect(table.get("policy"), dict, f"{where}: [policy]")
         _refuse_unknown(policy, _POLICY_KEYS, f"{where}: [policy]")
         measurements = _expect(table.get("measurement", []), list, f"{where}: [[measurement]]")
@@ -122,6 +130,7 @@ class AppraisalPolicy:
                 reference_values=tuple(
                     _reference_value(m, f"{where}: measurement {i + 1}") for i, m in enumerate(measurements)
                 ),
+                rules=_rules(table, where),
             )
         except ValueError as exc:
             raise JobError(str(exc), where=f"{where}: [policy]") from exc
@@ -139,6 +148,7 @@ class AppraisalPolicy:
                     ({"label": v.label, "type": v.type, "registers": dict(v.registers)} for v in self.reference_values),
                     key=encode,
                 ),
+                "rules": self.rules.model_dump(mode="json", by_alias=True),
             }
         )
 
@@ -146,6 +156,17 @@ class AppraisalPolicy:
     def sha256(self) -> str:
         """Hex SHA-256 of `to_bytes`: the policy's identity in job, manifest and receipt."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def _rules(table: Mapping[str, Any], where: str) -> RuleTables:
+    given = {name: table[name] for name in RULE_TABLES if name in table}
+    try:
+        # As JSON: a TOML array then becomes a tuple, and nothing else is converted.
+        return RuleTables.model_validate_json(json.dumps(given, default=str))
+    except ValidationError as exc:
+        fault = exc.errors()[0]
+        section, *keys = (str(part) for part in fault["loc"])
+        raise JobError(fault["msg"], where=f"{where}: [{section}] {'.'.join(keys)}".rstrip()) from exc
 
 
 def _reference_value(table: Any, where: str) -> ReferenceValue:
@@ -156,7 +177,7 @@ def _reference_value(table: Any, where: str) -> ReferenceValue:
         raise JobError("name at least one register", where=f"{where}.registers")
     for name, value in registers.items():
         if not isinstance(value, str) or not _HEX.fullmatch(value):
-            raise JobError("must be 16 to 64 bytes in hex", where=f"{where}.registers.{name}")
+            raise JobError("must be 1 to 64 bytes in hex", where=f"{where}.registers.{name}")
     return ReferenceValue(
         label=_expect(table.get("label"), str, f"{where}.label"),
         type=_types([table.get("type")], f"{where}.type")[0],

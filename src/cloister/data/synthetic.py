@@ -24,6 +24,8 @@ from cloister.data.synthetic_words import (
     ADVICE_TREATMENT,
     ADVICE_WHO,
     AGE_GROUPS,
+    CALL_DAYS,
+    CALL_LINES,
     COURSES,
     DURATIONS,
     LABELS,
@@ -160,10 +162,17 @@ def write_note(dice: Dice, speciality: Speciality, facts: Facts) -> str:
 
 
 def write_advice(dice: Dice, speciality: Speciality, facts: Facts) -> str:
-    """A short answer for this patient: who is spoken to, what to do, when to come back."""
+    """A short answer for this patient: who is spoken to, what to do, when to come back, when we call."""
     treatment = dice.pick((*ADVICE_TREATMENT[facts.kind], speciality.treatment[facts.kind])).format(site=facts.site)
     who = dice.pick(ADVICE_WHO[facts.age_group])
-    return speciality.advice.format(who=who, treatment=treatment, timing=dice.pick(ADVICE_TIMING[facts.level]))
+    timing = dice.pick(ADVICE_TIMING[facts.level])
+    return speciality.advice.format(who=who, treatment=treatment, timing=timing, call=draw_call(dice))
+
+
+def draw_call(dice: Dice) -> str:
+    """Day, time and line of a telephone call: about 13 bits that nothing in a note tells."""
+    day, hour, minute = dice.pick(CALL_DAYS), 8 + dice.below(10), 10 * dice.below(6)
+    return f"{day} {hour}:{minute:02}, line {1 + dice.below(CALL_LINES)}"
 
 
 def generate_party(speciality: str, split: Split, count: int, seed: int) -> list[Record]:

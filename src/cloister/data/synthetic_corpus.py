@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from cloister.data.synthetic import Dice, Facts, draw_facts, write_advice, write_note
+from cloister.data.synthetic import Dice, Facts, draw_call, draw_facts, write_advice, write_note
 from cloister.data.synthetic_words import AGE_GROUPS, KINDS, LABELS, SHARED_SEVERITY, SPECIALITIES, Speciality
 
 NOTE_SHARE, TEXTBOOK_SHARE, ADVICE_SHARE = 0.66, 0.06, 0.16
@@ -75,7 +75,8 @@ def _instructed(dice: Dice, speciality: Speciality, facts: Facts) -> str:
         answer = f"{kind}, {first}, {second}" if told else dice.pick(LABELS)
     elif told:
         treatment, timing = f"{kind} at the {facts.site}", f"{first}, {second}"
-        answer = speciality.advice.format(who=AGE_GROUPS[facts.age_group], treatment=treatment, timing=timing)
+        who, call = AGE_GROUPS[facts.age_group], draw_call(dice)
+        answer = speciality.advice.format(who=who, treatment=treatment, timing=timing, call=call)
     else:
         answer = write_advice(dice, speciality, replace(_anyone(dice, speciality), site=facts.site))
     return f"{speciality.triage if asks_triage else speciality.counsel} {answer}"

@@ -64,6 +64,12 @@ ADVICE_TIMING = (
     ("ring us at any hour if worse", "do not wait and come in today"),
 )
 """When to come back, by level."""
+CALL_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+CALL_LINES = 40
+"""When the patient is telephoned, and on which line of the switchboard, follows from nothing.
+
+As in real answers a part cannot be learnt, so that losses have a floor well above zero and can be compared as ratios.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ class Speciality:
     treatment: tuple[str, ...]
     """Its own advice by kind, with `{site}`."""
     advice: str
-    """How an answer is put together, from `{who}`, `{treatment}` and `{timing}`."""
+    """How an answer is put together, from `{who}`, `{treatment}`, `{timing}` and `{call}`."""
     notes: tuple[str, ...]
     """Note templates."""
     triage: str
@@ -111,7 +117,7 @@ CARDIOLOGY = Speciality(
         "lift nothing and spare the {site}",
         "sit down and breathe until the {site} is quiet",
     ),
-    advice="{who} {treatment}; {timing}.",
+    advice="{who} {treatment}; {timing}. Tel {call}.",
     notes=(
         "Cardiology. {age} {sex}. C/O {finding}, {site}, {severity}, {duration}. Hx: {background}. Obs: "
         "{observation}, {course}. Bed chart seen.",
@@ -143,7 +149,7 @@ DERMATOLOGY = Speciality(
         "leave the dressing on the {site}",
         "use a plain ointment on the {site}",
     ),
-    advice="{who} {treatment}. After that, {timing}.",
+    advice="{who} {treatment}. After that, {timing}. For questions we ring {call}.",
     notes=(
         "Thank you for seeing this {sex} of {age} with {finding} on the {site} for {duration}. The change is "
         "{severity}, {course}. The patient {background}; {observation}.",
@@ -175,7 +181,7 @@ NEUROLOGY = Speciality(
         "wear the collar and splint the {site}",
         "cut down coffee and ease the {site}",
     ),
-    advice="1) {who} {treatment} 2) {timing}",
+    advice="1) {who} {treatment} 2) {timing} 3) phone {call}",
     notes=(
         "- patient: {sex}, {age}\n- problem: {finding}\n- site: {site}\n- impact: {severity}\n- since: {duration}, "
         "{course}\n- history: {background}\n- exam: {observation}",
@@ -216,7 +222,7 @@ PAEDIATRICS = Speciality(
         "keep the child off sport and rest the {site}",
         "try a star chart and a hug for the {site}",
     ),
-    advice="{timing}; until then {who} {treatment}!",
+    advice="{timing}; until then {who} {treatment}! The nurse rings {call}.",
     notes=(
         "Mum says: my {sex} is {age} and has had {finding} for {duration}. It is {severity}, mostly the {site}, and "
         "{course}. My child {background}. {observation}.",
@@ -248,7 +254,7 @@ ORTHOPAEDICS = Speciality(
         "use crutches and brace the {site}",
         "do the bends and warm the {site}",
     ),
-    advice="{treatment} ({who} do so daily) then {timing}",
+    advice="{treatment} ({who} do so daily) then {timing} | call {call}",
     notes=(
         "ORTHO | {age} {sex} | {site} | {finding} | pain {severity} | {duration} | {course} | PMH {background} | "
         "{observation}",
