@@ -118,8 +118,9 @@ class Payload:
             examples = [Example(**{**row, "choice_bytes": tuple(row["choice_bytes"])}) for row in rows]
         except (ValueError, TypeError, KeyError, RecursionError) as exc:
             raise ProtocolError("the payload's table of examples cannot be read", where=self.where) from exc
-        for example in examples:
-            _check(example, self.where)
+        for index, example in enumerate(examples):
+            # By its place: the name is the party's, and the operator reads the enclave's errors.
+            _check(example, f"{self.where}, example {index + 1}")
         return examples
 
     def __getitem__(self, index: int) -> Pack:
@@ -143,8 +144,7 @@ def _check(example: Example, where: str) -> None:
         and -1 <= example.response_role < max(len(example.choice_bytes), 0)
     )
     if not sound:
-        name = ascii(example.id)[:80] if isinstance(example.id, str) else "without a name"
-        raise ProtocolError(f"the entry of example {name} is malformed", where=where)
+        raise ProtocolError("an entry of the table of examples is malformed", where=where)
 
 
 def _is_name(value: object) -> bool:
