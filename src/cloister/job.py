@@ -141,7 +141,11 @@ class PartySection(Section):
 class EnclaveSection(Section):
     """[enclave]: all local; what the parties accept is in the policy, whose content is shared."""
 
-    attester: Literal["auto", "simulated"] = local("auto")
+    attester: Literal["auto", "simulated", "tdx", "sev-snp", "sgx", "nitro", "dstack", "tpm"] = local("auto")
+    tpm: str | None = local(None)
+    """Which TPM, for attester "tpm": a device, or "swtpm:PATH" for the socket of a software TPM."""
+    collateral: str | None = local(None)
+    """Path of endorsements by `cloister attest fetch`, which the enclave adds to its evidence."""
     policy: str | None = local(None)
     """Path of the appraisal policy; its content is hashed into the job."""
     listen: str = local("127.0.0.1:0")
@@ -149,6 +153,12 @@ class EnclaveSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = local("auto")
     cache_mib: int = local(2048, ge=0)
     """Memory for decrypted activations; what does not fit is decrypted again each epoch."""
+
+    @model_validator(mode="after")
+    def _device_is_a_tpms(self) -> EnclaveSection:
+        if self.tpm is not None and self.attester != "tpm":
+            raise MisfitError('names a TPM, but attester is not "tpm"', "tpm")
+        return self
 
 
 class TransportSection(Section):

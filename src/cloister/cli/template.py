@@ -55,7 +55,8 @@ train = "south/train.jsonl"
 test = "south/test.jsonl"
 
 [enclave]
-attester = "auto"           # local
+attester = "auto"           # local: "auto" takes what the machine has; or tdx, sev-snp, sgx, nitro, dstack, tpm
+# collateral = "collateral.json"  # local: the vendor's endorsements, by `cloister attest fetch`
 # policy = "policy.toml"    # which enclaves the parties accept; its content is part of the job
 
 [transport]

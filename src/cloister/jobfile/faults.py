@@ -18,7 +18,6 @@ Path = tuple[str | int, ...]
 NOT_IMPLEMENTED: dict[Path, tuple[str, ...]] = {
     ("job", "method"): ("slice",),
     ("adapter", "kind"): ("ptuning", "spf"),
-    ("enclave", "attester"): ("tpm", "tdx", "sev-snp", "sgx", "nitro"),
 }
 """Values that a Cloister job may have, but not in this version."""
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cloister.attest.verify as module
-from cloister.attest.attester import HARDWARE, make_attester
 from cloister.attest.backends.simulated import (
     WARNING,
     InsecureSimulatedAttester,
@@ -25,7 +24,7 @@ from cloister.attest.claims import Claims, Report
 from cloister.attest.evidence import Evidence
 from cloister.attest.policy import AppraisalPolicy, ReferenceValue
 from cloister.attest.verify import VERIFIERS, verify
-from cloister.errors import UsageError, VerificationError
+from cloister.errors import VerificationError
 
 NOW = 1_800_000_000
 MEASUREMENT = b"m" * 32
@@ -196,31 +195,3 @@ def test_measure_source(tmp_path: Path) -> None:
     (tmp_path / "b" / "c.py").rename(tmp_path / "b" / "d.py")
     assert len({first, changed, measure_folder(tmp_path)}) == 3
     assert len(measure_source()) == 32
-
-
-def test_make_attester(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not allowed"):
-        make_attester("simulated")
-    assert make_attester("simulated", allow_simulated=True).type == "simulated"
-    # "auto" never falls back to the simulation, permission or not, and says what it looked for.
-    with pytest.raises(UsageError, match="/dev/nsm") as refused:
-        make_attester("auto", allow_simulated=True, root=tmp_path)
-    assert all(path in refused.value.message for path, _ in HARDWARE.values())
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "nsm").touch()
-    with pytest.raises(UsageError, match="found AWS Nitro"):
-        make_attester("auto", allow_simulated=True, root=tmp_path)
-    with pytest.raises(ValueError, match="unknown"):
-        make_attester("tpm")  # type: ignore[arg-type]  # the point of the test
-    with pytest.raises(ValueError, match="64 bytes"):
-        make_attester("simulated", allow_simulated=True).collect(b"short")
-
-
-def test_auto_prefers_hardware_that_has_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = InsecureSimulatedAttester(measurement=MEASUREMENT)
-    table = {"X": ("/dev/nsm", None), "Y": ("/dev/y", lambda: fake)}
-    monkeypatch.setattr("cloister.attest.attester.HARDWARE", table)
-    (tmp_path / "dev").mkdir()
-    for name in ("nsm", "y"):
-        (tmp_path / "dev" / name).touch()
-    assert make_attester("auto", root=tmp_path) is fake
