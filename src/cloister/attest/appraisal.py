@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Report
 from cloister.attest.evidence import Evidence
-from cloister.attest.rules import RuleTables
 from cloister.attest.roots import TrustRoots
+from cloister.attest.rules import RuleTables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,20 +110,6 @@ class WithCollateral:
             raise UsageError(f"cannot use the collateral: {exc}", where=str(self._path), hint=hint) from exc
 
 
-def make_attester(
-    kind: AttesterKind,
-    *,
-    allow_simulated: bool = False,
-    clock: Callable[[], float] = time.time,
-    root: Path = Path("/"),
-    tpm: str | None = None,
-    collateral: Path | None = None,
-) -> Attester:
-    """Return this machine's attester; see `find_attester`."""
-    found = find_attester(kind, allow_simulated=allow_simulated, clock=clock, root=root, tpm=tpm)
-    return WithCollateral(found.attester, collateral) if collateral is not None else found.attester
-
-
 def find_attester(
     kind: AttesterKind,
     *,
@@ -131,6 +117,7 @@ def find_attester(
     clock: Callable[[], float] = time.time,
     root: Path = Path("/"),
     tpm: str | None = None,
+    collateral: Path | None = None,
 ) -> Found:
     """Find what attests this machine.
 
@@ -138,8 +125,14 @@ def find_attester(
         allow_simulated: permission for kind "simulated"; "auto" never falls back to it.
         root: where to look for devices (tests).
         tpm: which TPM, for kind "tpm": a device, or "swtpm:PATH" for the socket of a software TPM.
+        collateral: a file of endorsements to add to evidence that has none.
     Raises: UsageError that says what was looked for or which permission is missing.
     """
+    found = _find(kind, allow_simulated, clock, root, tpm)
+    return found if collateral is None else replace(found, attester=WithCollateral(found.attester, collateral))
+
+
+def _find(kind: AttesterKind, allow_simulated: bool, clock: Callable[[], float], root: Path, tpm: str | None) -> Found:
     if kind == "simulated":
         if not allow_simulated:
             hint = "it protects nothing; for a test on one machine, pass --insecure-simulated"

@@ -38,6 +38,14 @@ InsecureSimulated = Annotated[
         help="Accept a simulated enclave, which protects NOTHING: its operator can read all data. For tests only.",
     ),
 ]
+InsecureNotConfidential = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-not-confidential",
+        help="Accept an enclave that says what runs in it but hides nothing, such as a TPM's: its operator can read"
+        " all data. For tests only.",
+    ),
+]
 Serve = Annotated[
     bool, typer.Option("--serve", help="After training, keep the enclave running and answer queries until Ctrl-C.")
 ]

@@ -12,6 +12,7 @@ import typer
 from cloister.cli.options import (
     AsJson,
     EnclaveAddress,
+    InsecureNotConfidential,
     InsecureSimulated,
     JobFile,
     KeyFile,
@@ -53,13 +54,15 @@ def run(
     job: JobFile,
     out: OutFolder,
     serve: Serve = False,
+    insecure_not_confidential: InsecureNotConfidential = False,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
     """Run a job with all its roles on this machine.
 
     Compares it with the baselines that the job names and writes report.html and report.json. The enclave is
-    SIMULATED and protects nothing. A run that was interrupted continues when started again.
+    SIMULATED and protects nothing, unless the job names an attester. A run that was interrupted continues when
+    started again.
 
     \b
     Examples:
@@ -74,6 +77,7 @@ def run(
             loaded,
             out,
             serve=serve,
+            insecure_not_confidential=insecure_not_confidential,
             command=_command_line(),
             progress=reporter,
             on_report=lambda report: emit(report, as_json),
@@ -93,6 +97,7 @@ def enclave(
         ),
     ] = None,
     insecure_simulated: InsecureSimulated = False,
+    insecure_not_confidential: InsecureNotConfidential = False,
     serve: Serve = False,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
@@ -117,6 +122,7 @@ def enclave(
             out,
             listen=listen or loaded.job.enclave.listen,
             insecure_simulated=insecure_simulated,
+            insecure_not_confidential=insecure_not_confidential,
             serve=serve,
             progress=reporter,
         )
@@ -130,6 +136,7 @@ def join(
     key: KeyFile,
     out: OutFolder,
     insecure_simulated: InsecureSimulated = False,
+    insecure_not_confidential: InsecureNotConfidential = False,
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Answer this many own test prompts with the tuned model.")
     ] = 0,
@@ -162,6 +169,7 @@ def join(
             out,
             enclave=enclave,
             insecure_simulated=insecure_simulated,
+            insecure_not_confidential=insecure_not_confidential,
             progress=reporter,
             samples=samples,
         )

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from cloister.cli.options import AsJson, InsecureSimulated, PartyName, ResultsFolder, ShowProgress, results_folder
+from cloister.cli.options import (
+    AsJson,
+    InsecureNotConfidential,
+    InsecureSimulated,
+    PartyName,
+    ResultsFolder,
+    ShowProgress,
+    results_folder,
+)
 from cloister.cli.output import emit
 from cloister.cli.progress import open_progress
 from cloister.errors import UsageError
@@ -73,6 +81,7 @@ def generate(
     key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="The party's private key.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are, without the job's template.")] = False,
     insecure_simulated: InsecureSimulated = False,
+    insecure_not_confidential: InsecureNotConfidential = False,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
@@ -120,6 +129,7 @@ def generate(
                 enclave=enclave,
                 max_new_tokens=max_new_tokens,
                 insecure_simulated=insecure_simulated,
+                insecure_not_confidential=insecure_not_confidential,
                 raw=raw,
                 progress=reporter,
             )

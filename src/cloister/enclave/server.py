@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from cloister.agreement.job import OpenJob, open_job
-from cloister.attest.attester import Attester, make_attester
+from cloister.attest.attester import Attester, Found, find_attester
 from cloister.attest.binding import session_report_data
 from cloister.attest.claims import Claims
+from cloister.attest.production import require_confidential, require_listed_measurements
 from cloister.attest.verify import verify
 from cloister.channel.handshake import Responder, ResponderSettings
 from cloister.channel.server import EnclaveServer
@@ -51,6 +52,7 @@ def serve_job(
     insecure_simulated: bool,
     serve: bool,
     progress: Progress,
+    insecure_not_confidential: bool = False,
 ) -> EnclaveReport:
     """Run a job's enclave to its end.
 
@@ -62,8 +64,11 @@ def serve_job(
         CloisterError: what stopped the job; parties that are connected were told.
     """
     opened = open_job(loaded, progress=progress)
-    attester = make_attester(loaded.job.enclave.attester, allow_simulated=insecure_simulated)
+    require_listed_measurements(opened.policy, address=listen, insecure_simulated=insecure_simulated)
+    found = _find_attester(loaded, insecure_simulated, progress)
+    attester = found.attester
     claims = _own_claims(opened, attester, insecure_simulated)
+    require_confidential(claims, allowed=insecure_not_confidential)
     queries = _LateQueries()
     bundles = out / "bundles"
     bundles.mkdir(parents=True, exist_ok=True)
@@ -100,6 +105,7 @@ def serve_job(
         job_id=core.job_id,
         address=server.address,
         attestation=attestation_of(claims),
+        attester=found.how,
         parties=list(opened.parties),
         training=Training(**{k: declared["training"][k] for k in ("tokens", "tokens_per_s", "steps")}),
         timing=declared["timing"],
@@ -118,6 +124,18 @@ class _LateQueries:
         if self.service is None:
             raise ProtocolError("the model is not trained yet", where=party)
         return self.service(party, method, fields)
+
+
+def _find_attester(loaded: LoadedJob, insecure_simulated: bool, progress: Progress) -> Found:
+    """What attests this machine; says which it took."""
+    enclave = loaded.job.enclave
+    collateral = None if enclave.collateral is None else loaded.local_path(enclave.collateral)
+    with task(progress, "attester") as finding:
+        found = find_attester(
+            enclave.attester, allow_simulated=insecure_simulated, tpm=enclave.tpm, collateral=collateral
+        )
+        finding.set(0.0, note=found.how)
+    return found
 
 
 def _own_claims(opened: OpenJob, attester: Attester, insecure_simulated: bool) -> Claims:

@@ -42,7 +42,8 @@ def generate_local(
         prompts,
         enclave=_address(folder),
         max_new_tokens=max_new_tokens,
-        insecure_simulated=True,  # a run on one machine has no other enclave
+        insecure_simulated=True,  # a run on one machine is told once, when it starts, what does not protect it
+        insecure_not_confidential=True,
         raw=raw,
         progress=progress,
     )

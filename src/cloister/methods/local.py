@@ -20,7 +20,7 @@ from cloister.agreement.job import OpenJob, count_layers, open_job, resolve_cut
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.keys import PartyKey
 from cloister.data.prepare import files_sha256
-from cloister.errors import RunError, UsageError
+from cloister.errors import JobError, RunError, UsageError
 from cloister.job import Job, PartySection
 from cloister.jobfile import LoadedJob, find_model, load_job, render_job, shared_content
 from cloister.methods.baselines import KINDS, Kind, read_baselines
@@ -42,6 +42,7 @@ def run_job(
     command: str,
     progress: Progress,
     samples: int = 1,
+    insecure_not_confidential: bool = False,
     on_report: Callable[[RunReport], None] = lambda report: None,
 ) -> RunReport:
     """Run a job with all its roles on this machine, or continue one that was interrupted.
@@ -68,8 +69,11 @@ def run_job(
     threads, party_threads = _share_processors(loaded.job)
     (out / "logs").mkdir(exist_ok=True)
     with Roles() as roles:
-        address = _start_enclave(roles, out, serve=serve, threads=threads, progress=progress)
-        parties = [_start_party(roles, out, name, address, samples, party_threads, progress) for name in opened.parties]
+        flags = ["--insecure-simulated", *(["--insecure-not-confidential"] if insecure_not_confidential else [])]
+        address = _start_enclave(roles, out, flags, serve=serve, threads=threads, progress=progress)
+        parties = [
+            _start_party(roles, out, name, address, samples, flags, party_threads, progress) for name in opened.parties
+        ]
         clock.lap("starting")
         for kind in compared:
             _start_baseline(roles, out, kind, threads, progress)
@@ -93,14 +97,17 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
     missing = [party.name for party in loaded.job.party if party.public_key is None]
     keys = {name: _key(out / "parties" / name).public.hex() for name in missing}
     job = loaded.with_public_keys(keys).job
+    attester = "simulated" if job.enclave.attester == "auto" else job.enclave.attester
     policy = loaded.policy_file()
+    if policy is None and attester != "simulated":
+        hint = 'add policy = "policy.toml"; one is made up for a simulated enclave only'
+        raise JobError("the job names no appraisal policy", where=loaded.where("enclave", "policy"), hint=hint)
     if policy is None:
         policy = _made_up_policy(out)
     parties = [_with_paths(party, loaded) for party in job.party]
-    attester = "simulated" if job.enclave.attester == "auto" else job.enclave.attester
     changes = {
         "party": parties,
-        "enclave": job.enclave.model_copy(update={"policy": str(policy), "attester": attester}),
+        "enclave": job.enclave.model_copy(update={"policy": str(policy), "attester": attester, **_local(loaded)}),
         "model": job.model.model_copy(update={"path": str(loaded.local_path(job.model.path))}),
     }
     job = job.model_copy(update=changes)
@@ -109,6 +116,11 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
         raise UsageError("the folder holds a run of another job", where=str(out), hint="choose another --out")
     path.write_text(render_job(job), encoding="utf-8")
     return load_job(path)
+
+
+def _local(loaded: LoadedJob) -> dict[str, str]:
+    value = loaded.job.enclave.collateral
+    return {} if value is None else {"collateral": str(loaded.local_path(value))}
 
 
 def _check_paths(loaded: LoadedJob) -> None:
@@ -183,13 +195,13 @@ def _share_processors(job: Job) -> tuple[int, int]:
     return job.enclave.threads or max(1, cpus // together), max(1, cpus // len(job.party))
 
 
-def _start_enclave(roles: Roles, out: Path, *, serve: bool, threads: int, progress: Progress) -> str:
+def _start_enclave(roles: Roles, out: Path, flags: list[str], *, serve: bool, threads: int, progress: Progress) -> str:
     """Start the enclave and return its address once it listens."""
     folder = out / "enclave"
     folder.mkdir(exist_ok=True)
     (folder / "address").unlink(missing_ok=True)
     arguments = ["enclave", str(out / "job.toml"), "--listen", "127.0.0.1:0", "--out", str(folder)]
-    arguments += ["--insecure-simulated", *(["--serve"] if serve else [])]
+    arguments += [*flags, *(["--serve"] if serve else [])]
     log = out / "logs" / "enclave.log"
     role = roles.add(Role("enclave", arguments, log=log, threads=threads, progress=progress))
     while not (folder / "address").exists():
@@ -206,9 +218,16 @@ def _start_baseline(roles: Roles, out: Path, kind: Kind, threads: int, progress:
 
 
 def _start_party(
-    roles: Roles, out: Path, name: str, address: str, samples: int, threads: int, progress: Progress
+    roles: Roles,
+    out: Path,
+    name: str,
+    address: str,
+    samples: int,
+    flags: list[str],
+    threads: int,
+    progress: Progress,
 ) -> Role:
     folder = out / "parties" / name
     arguments = ["join", str(out / "job.toml"), "--party", name, "--enclave", address, "--out", str(folder)]
-    arguments += ["--key", str(folder / "party.key"), "--insecure-simulated", "--samples", str(samples)]
+    arguments += ["--key", str(folder / "party.key"), *flags, "--samples", str(samples)]
     return roles.add(Role(name, arguments, log=out / "logs" / f"{name}.log", threads=threads, progress=progress))

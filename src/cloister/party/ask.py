@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from cloister.agreement.job import OpenJob, open_job
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
+from cloister.attest.production import require_confidential, require_listed_measurements
 from cloister.attest.verify import verify
 from cloister.channel.client import connect
 from cloister.channel.handshake import Initiator
@@ -34,6 +35,7 @@ def generate_remote(
     insecure_simulated: bool,
     progress: Progress,
     raw: bool = False,
+    insecure_not_confidential: bool = False,
 ) -> GenerateReport:
     """Answer prompts with the tuned model: former layers here, latter layers in the enclave.
 
@@ -50,7 +52,15 @@ def generate_remote(
     if key.public != opened.parties[party]:
         raise UsageError("this key is not the party's key in the job", where=party, hint="give the right --key file")
     answers: list[Generated] = []
-    with open_query_session(opened, party, key, enclave, insecure_simulated=insecure_simulated) as session:
+    session = open_query_session(
+        opened,
+        party,
+        key,
+        enclave,
+        insecure_simulated=insecure_simulated,
+        insecure_not_confidential=insecure_not_confidential,
+    )
+    with session:
         with task(progress, "loading former layers"):
             former, tokenizer = former_half(opened)
             stops = stop_ids(opened.resolved.model.folder, tokenizer)
@@ -73,16 +83,25 @@ def generate_remote(
 
 
 def open_query_session(
-    opened: OpenJob, party: str, key: PartyKey, enclave: str, *, insecure_simulated: bool
+    opened: OpenJob,
+    party: str,
+    key: PartyKey,
+    enclave: str,
+    *,
+    insecure_simulated: bool,
+    insecure_not_confidential: bool = False,
 ) -> Session:
     """An attested session for queries.
 
     Raises:
         TransportError: the enclave cannot be reached. VerificationError: the party's policy refuses it.
+        JobError: the policy accepts any program.
     """
+    require_listed_measurements(opened.policy, address=enclave, insecure_simulated=insecure_simulated)
 
     def appraise(evidence: Evidence, expected: bytes, now: float) -> Claims:
-        return verify(evidence, opened.policy, expected, now, allow_simulated=insecure_simulated)
+        claims = verify(evidence, opened.policy, expected, now, allow_simulated=insecure_simulated)
+        return require_confidential(claims, allowed=insecure_not_confidential)
 
     job_id = opened.resolved.job_id
     return connect(enclave, Initiator(job_id=job_id, party=party, key=key, verify_evidence=appraise))

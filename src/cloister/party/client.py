@@ -35,6 +35,7 @@ from cloister.attest.binding import instance_report_data
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
 from cloister.attest.policy import AppraisalPolicy
+from cloister.attest.production import require_confidential
 from cloister.attest.verify import verify
 from cloister.crypto.encoding import Fields
 from cloister.crypto.hpke import wrap
@@ -97,6 +98,7 @@ class PartyClient:
     allow_simulated: bool
     memory: Path
     clock: Callable[[], float] = time.time
+    allow_not_confidential: bool = False
 
     def take_part(
         self,
@@ -134,6 +136,7 @@ class PartyClient:
             job_id=self.job_id, instance_id=instance_id, signing_key=signing_key, hpke_key=hpke_key, nonce=nonce
         )
         claims = verify(evidence, self.policy, expected, self.clock(), allow_simulated=self.allow_simulated)
+        require_confidential(claims, allowed=self.allow_not_confidential)
         return VerifiedInstance(id=instance_id, signing_key=signing_key, hpke_key=hpke_key, claims=claims)
 
     def _await_manifest(

@@ -18,6 +18,7 @@ from cloister.adapters.files import write_adapter
 from cloister.agreement.job import OpenJob, open_job
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
+from cloister.attest.production import require_confidential, require_listed_measurements
 from cloister.attest.verify import verify
 from cloister.channel.client import connect, upload
 from cloister.channel.handshake import Initiator
@@ -56,6 +57,7 @@ def join_job(
     insecure_simulated: bool,
     progress: Progress,
     samples: int = 0,
+    insecure_not_confidential: bool = False,
 ) -> JoinReport:
     """Take part in a job to its end.
 
@@ -69,6 +71,7 @@ def join_job(
     started = time.monotonic()
     timing: dict[str, float] = {}
     opened = open_job(loaded, progress=progress)
+    require_listed_measurements(opened.policy, address=enclave, insecure_simulated=insecure_simulated)
     if key.public != opened.parties[party]:
         raise UsageError("this key is not the party's key in the job", where=party, hint="give the right --key file")
     device = pick_device(loaded.job.enclave.device)
@@ -84,6 +87,7 @@ def join_job(
         policy=opened.policy,
         allow_simulated=insecure_simulated,
         memory=out / "manifest.cbor",
+        allow_not_confidential=insecure_not_confidential,
     )
     counter = _Counter()
     results = _with_reconnect(
@@ -141,7 +145,8 @@ def open_session(client: PartyClient, enclave: str) -> Session:
     """
 
     def appraise(evidence: Evidence, expected: bytes, now: float) -> Claims:
-        return verify(evidence, client.policy, expected, now, allow_simulated=client.allow_simulated)
+        claims = verify(evidence, client.policy, expected, now, allow_simulated=client.allow_simulated)
+        return require_confidential(claims, allowed=client.allow_not_confidential)
 
     initiator = Initiator(job_id=client.job_id, party=client.name, key=client.key, verify_evidence=appraise)
     return connect(enclave, initiator)

@@ -54,6 +54,8 @@ class EnclaveReport(Versioned):
     job_id: Sha256
     address: str
     attestation: Attestation
+    attester: str
+    """What attested this machine, and where it was found."""
     parties: list[str]
     training: Training
     timing: dict[str, Seconds]

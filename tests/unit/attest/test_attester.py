@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from cloister.attest.attester import BACKENDS, AttesterKind, WithCollateral, find_attester, make_attester
+from cloister.attest.attester import BACKENDS, AttesterKind, WithCollateral, find_attester
 from cloister.attest.backends.simulated import InsecureSimulatedAttester
 from cloister.attest.evidence import MAX_COLLATERAL_BYTES, Evidence
 from cloister.errors import UsageError
@@ -82,26 +82,26 @@ def test_auto_never_falls_back_to_the_simulation(
     machine: type[FakeAttester], tmp_path: Path, allow_simulated: bool
 ) -> None:
     with pytest.raises(UsageError, match="no TEE found") as refused:
-        make_attester("auto", allow_simulated=allow_simulated, root=tmp_path)
+        find_attester("auto", allow_simulated=allow_simulated, root=tmp_path)
     assert all(backend.looks_for in refused.value.message for backend in BACKENDS)
 
 
 def test_auto_on_this_machine_without_devices(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no TEE found"):
-        make_attester("auto", allow_simulated=True, root=tmp_path)
+        find_attester("auto", allow_simulated=True, root=tmp_path)
 
 
 def test_a_named_kind_is_taken_or_refused(machine: type[FakeAttester], tmp_path: Path) -> None:
     machine.present = frozenset({"tsm", "tpm"})
-    assert make_attester("sev-snp", root=tmp_path).type == "sev-snp"
-    assert make_attester("tpm", root=tmp_path).type == "tpm"
+    assert find_attester("sev-snp", root=tmp_path).attester.type == "sev-snp"
+    assert find_attester("tpm", root=tmp_path).attester.type == "tpm"
     with pytest.raises(UsageError, match="gives sev-snp evidence, not tdx") as other:
-        make_attester("tdx", root=tmp_path)
+        find_attester("tdx", root=tmp_path)
     assert '"sev-snp"' in other.value.hint
     with pytest.raises(UsageError, match=r"looked for AWS Nitro enclave \(/dev/nsm\)$"):
-        make_attester("nitro", root=tmp_path)
+        find_attester("nitro", root=tmp_path)
     with pytest.raises(ValueError, match="unknown"):
-        make_attester("vtpm")  # type: ignore[arg-type]  # the point of the test
+        find_attester("vtpm")  # type: ignore[arg-type]  # the point of the test
 
 
 def test_a_local_key_chooses_the_tpm(machine: type[FakeAttester], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_local_key_chooses_the_tpm(machine: type[FakeAttester], tmp_path: Path
 
 def test_the_simulation_needs_permission() -> None:
     with pytest.raises(UsageError, match="not allowed"):
-        make_attester("simulated")
+        find_attester("simulated")
     found = find_attester("simulated", allow_simulated=True)
     assert (found.attester.type, "protects nothing" in found.how) == ("simulated", True)
     with pytest.raises(ValueError, match="64 bytes"):
@@ -121,7 +121,7 @@ def test_the_simulation_needs_permission() -> None:
 
 def test_collateral_is_added_and_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "collateral.json"
-    attester = make_attester("simulated", allow_simulated=True, collateral=path)
+    attester = find_attester("simulated", allow_simulated=True, collateral=path).attester
     assert attester.type == "simulated"
     with pytest.raises(UsageError, match="cannot use the collateral") as missing:
         attester.collect(bytes(64))
