@@ -30,8 +30,8 @@ from cloister.data.synthetic_words import (
     Speciality,
 )
 
-PINNED_DATA = "63b05f55ce3beb81b0f0bc056c70fb7f33cb6e818726de3615ac57b0aa792b36"
-PINNED_CORPUS = "c1bff73392049f9a8fac56cf286a253f1f6bc9d86bf9e8c88f35a74cc946e912"
+PINNED_DATA = "4d0a112856f76a38923bca9bce5aceb8455a5882e66e45ffa960bcc9c8ec4246"
+PINNED_CORPUS = "2ba7737db8fdbefe0f76c2ab6a24ad65b128df0d37541521d69854c503554bb6"
 
 
 def triage(speciality: Speciality, split: synthetic.Split, count: int = 500) -> list[Record]:
@@ -115,7 +115,7 @@ def test_records_are_well_formed(speciality: Speciality, split: synthetic.Split)
             assert record["question"] == record["prompt"]
             assert LABELS[int(str(record["answer"]))] == record["response"]
         else:
-            assert 8 <= len(str(record["response"]).split()) <= 25
+            assert 8 <= len(str(record["response"]).split()) <= 35
             assert set(record) == {"id", "task", "prompt", "response"}
 
 
