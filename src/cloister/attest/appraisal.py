@@ -21,6 +21,8 @@ class Appraisal:
     roots: TrustRoots
     now: float
     """Seconds since 1970, from a clock that the relying party trusts."""
+    any_measurement: bool = False
+    """Whether the policy does not care which program runs; then it does not matter either how that one asked."""
     checks: Checks = field(default_factory=Checks)
     """Where the verifier records what it checked."""
 

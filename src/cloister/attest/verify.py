@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cloister.attest.appraisal import Appraisal, Verifier
-from cloister.attest.backends import simulated
+from cloister.attest.backends import sev_snp, simulated
 from cloister.attest.binding import device_nonce, is_bound
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims, Report
@@ -20,7 +20,7 @@ from cloister.attest.policy import SIMULATED, AppraisalPolicy
 from cloister.attest.roots import TrustRoots, vendor_roots
 from cloister.errors import VerificationError
 
-VERIFIERS: Mapping[str, Verifier] = MappingProxyType({SIMULATED: simulated.verify})
+VERIFIERS: Mapping[str, Verifier] = MappingProxyType({SIMULATED: simulated.verify, sev_snp.TYPE: sev_snp.verify})
 """By type of evidence of a machine. A new backend is one entry here."""
 
 DEVICE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType({})
@@ -52,7 +52,7 @@ def verify(
     """
     if len(expected_report_data) != REPORT_DATA_BYTES:
         raise ValueError(f"report data has {REPORT_DATA_BYTES} bytes")
-    appraisal = Appraisal(rules=policy.rules, roots=roots or vendor_roots(), now=now, checks=checks or Checks())
+    appraisal = _begin(policy, now, roots, checks)
     with appraisal.checks.step("type") as step:
         _check_type(evidence, policy, allow_simulated)
         step.reason = f"the policy accepts evidence of type {evidence.type}"
@@ -75,13 +75,23 @@ def inspect(
 
     Raises: as `verify`.
     """
-    appraisal = Appraisal(rules=policy.rules, roots=roots or vendor_roots(), now=now, checks=checks or Checks())
+    appraisal = _begin(policy, now, roots, checks)
     with appraisal.checks.step("type") as step:
         alone = evidence.type in DEVICE_VERIFIERS
         _check_type(evidence, policy, allow_simulated=True, verifiers=DEVICE_VERIFIERS if alone else VERIFIERS)
         step.reason = f"the policy accepts evidence of type {evidence.type}"
     verifier = DEVICE_VERIFIERS[evidence.type] if alone else VERIFIERS[evidence.type]
     return _appraise(evidence, verifier, policy, expected_report_data, appraisal, alone=alone)
+
+
+def _begin(policy: AppraisalPolicy, now: float, roots: TrustRoots | None, checks: Checks | None) -> Appraisal:
+    return Appraisal(
+        rules=policy.rules,
+        roots=roots or vendor_roots(),
+        now=now,
+        any_measurement=policy.any_measurement,
+        checks=checks or Checks(),
+    )
 
 
 def _appraise(
