@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -98,7 +99,7 @@ def adapter_files(adapted: PeftModel, base_model: str) -> dict[str, bytes]:
     return {CONFIG: config.encode(), WEIGHTS: bytes(safetensors.torch.save(adapter_state(adapted), {"format": "pt"}))}
 
 
-def load_adapter_weights(adapted: PeftModel, state: dict[str, Tensor]) -> None:
+def load_adapter_weights(adapted: PeftModel, state: Mapping[str, Tensor]) -> None:
     """Put weights from `adapter_state` back, e.g. those of the best checkpoint.
 
     Raises:

@@ -27,7 +27,8 @@ from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import DTYPES
 from cloister.model.cut import Latter
 from cloister.progress import Progress, Task, task
-from cloister.training.loop import Point, TrainingResult, train
+from cloister.training.checkpoint import Point
+from cloister.training.loop import TrainingResult, train
 
 
 def train_and_score(

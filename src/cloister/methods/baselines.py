@@ -24,7 +24,8 @@ from cloister.jobfile import LoadedJob, ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer, pick_device
 from cloister.model.cut import Whole
 from cloister.progress import Progress, task
-from cloister.training.loop import PackList, Point, TrainingResult, train
+from cloister.training.checkpoint import Point
+from cloister.training.loop import PackList, TrainingResult, train
 
 Curve = list[dict[str, float]]
 

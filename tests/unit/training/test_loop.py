@@ -18,7 +18,8 @@ from cloister.data.packing import Pack
 from cloister.errors import RunError
 from cloister.job import AdapterSection, TrainingSection
 from cloister.model.cut import Former, Latter, Whole
-from cloister.training.loop import PackList, Point, TrainingResult, train
+from cloister.training.checkpoint import Point
+from cloister.training.loop import PackList, TrainingResult, train
 from cloister.training.loss import target_nll
 from tests.unit.data.tiny_packs import random_pack
 from tests.unit.model.tiny import CONFIGS, VOCABULARY, tiny_model
