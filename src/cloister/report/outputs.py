@@ -250,6 +250,25 @@ class ExportReport(Versioned):
     warnings: list[str] = Field(default_factory=list)
 
 
+class MeasureReport(Versioned):
+    """`cloister attest measure`: reference values of an image."""
+
+    image: str
+    type: str
+    """Of evidence."""
+    label: str
+    registers: dict[str, str]
+    """What was computed: register name to hex."""
+    missing: dict[str, str]
+    """Registers that the image does not determine, with the reason. Without them the others prove nothing."""
+    notes: list[str]
+    """What the values assume."""
+    table: str
+    """The [[measurement]] table of a policy; it does not load while registers are missing."""
+    policy: str
+    """A whole policy with that table."""
+
+
 class ErrorDetail(Part):
     """What went wrong, where, and what to do."""
 
@@ -278,6 +297,7 @@ OUTPUTS: dict[str, type[Output]] = {
     "verify": VerifyReport,
     "generate": GenerateReport,
     "export": ExportReport,
+    "attest-measure": MeasureReport,
     "error": ErrorReport,
 }
 """Schema name to model."""
