@@ -192,6 +192,15 @@ class InferenceSection(Section):
     """New tokens that one party may have generated over the job's life."""
 
 
+class CheckpointSection(Section):
+    """[checkpoint]: sealed states of training, from which a new enclave instance goes on."""
+
+    count: int = Field(4, ge=0)
+    """How many in a run, evenly, the last when training has ended; 0 makes none."""
+    quorum: int | None = Field(None, ge=1)
+    """How many parties must have noted a checkpoint, and how many shares open it; None: all parties."""
+
+
 class Job(Section):
     """A whole job file."""
 
@@ -206,6 +215,21 @@ class Job(Section):
     evaluation: EvaluationSection = EvaluationSection()
     release: ReleaseSection = ReleaseSection()
     inference: InferenceSection = InferenceSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @property
+    def quorum(self) -> int:
+        """`[checkpoint] quorum`, or the number of parties."""
+        return self.checkpoint.quorum or len(self.party)
+
+    @model_validator(mode="after")
+    def _quorums_overlap(self) -> Job:
+        """Two quorums must share a party: else two halves could sign two different histories."""
+        if not len(self.party) < 2 * self.quorum <= 2 * len(self.party):
+            least = len(self.party) // 2 + 1
+            message = f"must be from {least} to {len(self.party)}, more than half of the parties, got {self.quorum}"
+            raise MisfitError(message, "checkpoint", "quorum")
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> Job:

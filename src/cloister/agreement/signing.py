@@ -10,6 +10,9 @@ APPROVAL_LABEL = "job approval"
 MANIFEST_LABEL = "manifest"
 KEYS_LABEL = "data keys"
 
+HASH_BYTES = 32
+INSTANCE_ID_BYTES = 16
+
 
 def approval_message(job_id: str) -> bytes:
     """Signed once the party has read the resolved job: it wants this job to run."""

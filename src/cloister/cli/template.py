@@ -74,4 +74,8 @@ to = "none"                 # or a list of parties that get the adapter; "none":
 allow = "all"               # or "none", or a list of parties
 returns = "token"           # or "top-k"
 quota_tokens = 100000       # new tokens that one party may have generated
+
+[checkpoint]
+count = 4                   # sealed states in a run, from which it goes on after a crash; 0 makes none
+# quorum = 2                # parties that must sign a checkpoint and whose shares open it; all of them if left out
 """
