@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cloister.attest.appraisal import Appraisal, Verifier
-from cloister.attest.backends import sev_snp, simulated
+from cloister.attest.backends import dcap, sev_snp, simulated
 from cloister.attest.binding import device_nonce, is_bound
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims, Report
@@ -20,7 +20,9 @@ from cloister.attest.policy import SIMULATED, AppraisalPolicy
 from cloister.attest.roots import TrustRoots, vendor_roots
 from cloister.errors import VerificationError
 
-VERIFIERS: Mapping[str, Verifier] = MappingProxyType({SIMULATED: simulated.verify, sev_snp.TYPE: sev_snp.verify})
+VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
+    {SIMULATED: simulated.verify, "tdx": dcap.verify_tdx, "sgx": dcap.verify_sgx, sev_snp.TYPE: sev_snp.verify}
+)
 """By type of evidence of a machine. A new backend is one entry here."""
 
 DEVICE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType({})
