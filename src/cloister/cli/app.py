@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import cloister
-from cloister.cli import prepare, roles, runs, use
+from cloister.cli import attest, prepare, roles, runs, use
 from cloister.cli.failure import EXIT_INTERRUPTED, report_crash, report_failure, report_interrupt, report_usage
 from cloister.errors import CapacityError, CloisterError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 for group in (roles, runs, use, prepare):
     for command in group.COMMANDS:
         app.command()(command)
+app.add_typer(attest.app)
 app.command(hidden=True)(roles.baseline)  # a child process of `run`
 
 

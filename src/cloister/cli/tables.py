@@ -12,6 +12,9 @@ from rich.text import Text
 
 from cloister.report.model import ALL, Attestation, Output, RunReport, Scored
 from cloister.report.outputs import (
+    AttestCollectReport,
+    AttestShowReport,
+    AttestVerifyReport,
     CompareReport,
     DoctorReport,
     EvaluateReport,
@@ -93,6 +96,62 @@ def _(output: VerifyReport, width: int) -> RenderableType:
     parts.append(Text(_verdict(output), style=_VERDICT.get(output.verdict, "bold yellow")))
     parts += [Text(f"  {s.party}: key {s.public_key_fingerprint}, {_time(s.vouched_at)}") for s in output.signers]
     return Group(*parts, *_warnings(output.warnings))
+
+
+@render.register
+def _(output: AttestVerifyReport, width: int) -> RenderableType:
+    table = _table("", ["", "check", "", "reason"])
+    for check in output.checks:
+        word = "pass" if check.passed else "FAIL"
+        status = Text(word, style="green" if check.passed else "bold red")
+        _add_row(table, f"{check.n:2}", check.name, status, check.reason)
+    if not output.accepted:
+        failed = output.checks[-1]
+        verdict = f"REFUSED in step {failed.n} ({failed.name}), code {output.error_code}"
+        return Group(table, Text(verdict, style="bold red"))
+    claims = output.claims
+    parts: list[RenderableType] = [table, Text(f"accepted: {output.type} evidence", style="bold green")]
+    facts = _table("", ["", ""])
+    _add_row(facts, "measurement", claims["measurement_label"] or "ANY is accepted")
+    for name, value in (claims["registers"] | claims["tcb"]).items():
+        _add_row(facts, name, value)
+    for device in claims["devices"]:
+        _add_row(facts, device["type"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "type"))
+    parts.append(facts)
+    if not claims["confidential"]:
+        parts.append(alarm(f"{output.type.upper()}: it hides nothing from the operator of its machine"))
+    return Group(*parts, *_warnings(claims["warnings"]))
+
+
+@render.register
+def _(output: AttestShowReport, width: int) -> RenderableType:
+    table = _table(output.path, ["", ""])
+    _add_row(table, "type", output.type)
+    _add_row(table, "report data", output.report_data)
+    for name, value in (output.registers | output.details).items():
+        _add_row(table, name, value)
+    for name, count in output.sizes.items():
+        _add_row(table, name.replace("_", " "), f"{count:,} bytes")
+    if output.devices:
+        _add_row(table, "devices", ", ".join(output.devices))
+    parts: list[RenderableType] = [alarm("NOT VERIFIED: anybody can make evidence that says this"), table]
+    for measurement in output.measurements:
+        word = "matches" if measurement.matches else "DIFFERS"
+        diff = _table(f"{measurement.label} ({measurement.type}): {word}", ["register", "", "policy", "evidence"])
+        for row in measurement.registers:
+            sign = Text("=", style="green") if row.equal else Text("≠", style="bold red")
+            _add_row(diff, row.name, sign, row.expected, row.found or "(none)")
+        parts.append(diff)
+    return Group(*parts)
+
+
+@render.register
+def _(output: AttestCollectReport, width: int) -> RenderableType:
+    return Text(
+        f"{output.type} evidence by {output.attester}\n"
+        f"bound to {output.report_data}\n"
+        f"{output.bytes:,} bytes written to {output.path}"
+    )
 
 
 def _verdict(output: VerifyReport) -> str:

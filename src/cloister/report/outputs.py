@@ -200,6 +200,139 @@ class VerifyReport(Versioned):
     warnings: list[str] = Field(default_factory=list)
 
 
+class AttestCheck(Part):
+    """One numbered step of a verification of evidence."""
+
+    n: Annotated[int, Field(ge=1)]
+    name: str
+    passed: bool
+    reason: str
+    """What holds, or why it does not."""
+
+
+class AttestVerifyReport(Versioned):
+    """`cloister attest verify`: every step up to the end, or to the one that refused."""
+
+    accepted: bool
+    type: str
+    """Of the evidence; empty where not even that could be read."""
+    hardware: bool
+    """It was accepted, and a hardware root of trust signed it."""
+    checks: list[AttestCheck]
+    claims: dict[str, Any]  # Any: JSON
+    """What may be relied on, see `attest.claims.Claims`; empty if it was refused."""
+    error_code: str | None
+    """The code of the check that refused; null if it was accepted."""
+
+
+class RegisterDiff(Part):
+    """A register of a reference value beside that of the evidence, hex."""
+
+    name: str
+    expected: str
+    found: str | None
+    """null: the evidence has no such register."""
+    equal: bool
+
+
+class MeasurementDiff(Part):
+    """A reference value of the policy, compared with evidence."""
+
+    label: str
+    type: str
+    matches: bool
+    registers: list[RegisterDiff]
+
+
+class AttestShowReport(Versioned):
+    """`cloister attest show`: what evidence says about itself. NOTHING in it was verified."""
+
+    verified: Literal[False] = False
+    path: str
+    type: str
+    report_data: str
+    """Hex; what it is bound to."""
+    registers: dict[str, str]
+    """Measurements, hex."""
+    details: dict[str, str]
+    """What else it says, in words."""
+    sizes: dict[str, Count]
+    """Bytes of its parts."""
+    devices: list[str] = Field(default_factory=list)
+    """Types of the evidence of accelerators inside."""
+    measurements: list[MeasurementDiff] = Field(default_factory=list)
+    """The policy's, where one was given."""
+
+
+class AttestCollectReport(Versioned):
+    """`cloister attest collect`: evidence of this machine, written to a file."""
+
+    path: str
+    type: str
+    attester: str
+    """What was found here."""
+    report_data: str
+    """Hex; what the evidence is bound to."""
+    bytes: Count
+
+
+class AttestFetchReport(Versioned):
+    """`cloister attest fetch`: a vendor's endorsements, written to a file."""
+
+    path: str
+    type: str
+    """Of the evidence that they are for."""
+    sources: list[str]
+    """Addresses that were asked, or the cache that had the answer."""
+    bytes: Count
+
+
+class AttestEnrolReport(Versioned):
+    """`cloister attest enrol`: a TPM's attestation key that has completed credential activation."""
+
+    attestation_key: str
+    """Its TPM name, hex, for `attestation_keys` in [tpm] of a policy."""
+    endorsement_key: str
+    """SHA-256 of the endorsement key's public half, hex: compare it with what the machine's maker or owner says."""
+    tpm: str
+
+
+class PartyFingerprint(Part):
+    """A party's key, to be compared by voice or on paper."""
+
+    party: str
+    public_key_fingerprint: str
+
+
+class MeasurementRef(Part):
+    """A program that a policy accepts."""
+
+    label: str
+    type: str
+    registers: dict[str, str]
+
+
+class SignReport(Versioned):
+    """`cloister sign`: what a party approves, and where its approval was written."""
+
+    job_id: Sha256
+    job_name: str
+    party: str
+    parties: list[PartyFingerprint]
+    recipients: list[str]
+    """Who gets the adapter; empty: nobody, it is used by split inference."""
+    inference: dict[str, Any]  # Any: JSON
+    """Who may query the tuned model, and what a query returns."""
+    policy_sha256: Sha256
+    accepts: list[str]
+    """Types of evidence."""
+    measurements: list[MeasurementRef]
+    """Programs that the policy accepts; empty: any, or none."""
+    any_measurement: bool
+    path: str | None
+    """The approval file; null where nothing was signed."""
+
+
 class Alternative(Part):
     """A token that the model might have continued with."""
 
@@ -295,6 +428,12 @@ OUTPUTS: dict[str, type[Output]] = {
     "plan": PlanReport,
     "doctor": DoctorReport,
     "verify": VerifyReport,
+    "attest-verify": AttestVerifyReport,
+    "attest-show": AttestShowReport,
+    "attest-collect": AttestCollectReport,
+    "attest-fetch": AttestFetchReport,
+    "attest-enrol": AttestEnrolReport,
+    "sign": SignReport,
     "generate": GenerateReport,
     "export": ExportReport,
     "attest-measure": MeasureReport,

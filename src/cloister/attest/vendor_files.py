@@ -1,0 +1,234 @@
+"""Evidence as files have it: our envelope, or a vendor's own format in one of the forms that people keep it in.
+
+Liberal in form, exact in content: what these functions return is what the verifiers judge, to the last byte. Only
+wrappings that nobody signs are taken off: hexadecimal or base64 text, PEM, the length that a driver puts before a
+document, JSON around a quote. Nothing here checks a signature.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from cloister.attest.backends.sev_snp_certs import pack_collateral
+from cloister.attest.backends.sev_snp_report import REPORT_BYTES
+from cloister.attest.evidence import Evidence
+from cloister.errors import VerificationError
+
+MAX_FILE_BYTES = 4 << 20
+_TEXT = re.compile(rb"[\x09\x0a\x0d\x20-\x7e]*")
+_HEX = re.compile(rb"(0x)?([0-9a-fA-F]{2})+")
+_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s([A-Za-z0-9+/=\s]+)-----END \1-----")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Contents of the files that somebody has; empty where there is none."""
+
+    evidence: bytes
+    collateral: bytes = b""
+    """Endorsements in the vendor's format."""
+    endorsement: bytes = b""
+    """The certificate of the key that signed: a VCEK or VLEK, DER or PEM."""
+    event_log: bytes = b""
+
+
+def read_envelope(files: Files) -> Evidence:
+    """Our own envelope; collateral and event log that stand beside it replace those inside.
+
+    Raises: VerificationError("evidence-format").
+    """
+    try:
+        evidence = Evidence.from_bytes(plain(files.evidence))
+    except VerificationError as exc:
+        hint = "if it is in a vendor's own format, say which with --type"
+        raise VerificationError(exc.code, exc.message, hint=hint) from exc
+    if files.endorsement:
+        evidence = _bounded(evidence, collateral=pack_collateral(leaf=_certificate(files.endorsement)))
+    if files.collateral:
+        evidence = _bounded(evidence, collateral=files.collateral)
+    return _bounded(evidence, event_log=files.event_log) if files.event_log else evidence
+
+
+def read_vendor(kind: str, files: Files) -> tuple[Evidence, ...]:
+    """Evidence of a vendor's own format; several for a file with several accelerators.
+
+    Args:
+        kind: one of `READERS`.
+    Raises: VerificationError("evidence-format") or, for an endorsement that cannot be read, "collateral".
+    """
+    try:
+        return READERS[kind](files)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        message = f"this is no {kind} evidence in a form that is known here: {_reason(exc)}"
+        raise VerificationError("evidence-format", message) from exc
+
+
+def plain(data: bytes) -> bytes:
+    """The bytes that a file means: decoded if it is hexadecimal or base64 text, else as they are."""
+    if not _TEXT.fullmatch(data):
+        return data
+    packed = b"".join(data.split())
+    if _HEX.fullmatch(packed):
+        return bytes.fromhex(packed.decode("ascii").removeprefix("0x"))
+    if len(packed) < 16:  # no evidence is that short, but a word may look like base64
+        return data
+    try:
+        return base64.b64decode(
+            packed.replace(b"-", b"+").replace(b"_", b"/") + b"=" * (-len(packed) % 4), validate=True
+        )
+    except binascii.Error:
+        return data
+
+
+# Intel ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_quote(kind: str, files: Files) -> tuple[Evidence, ...]:
+    """A quote: binary, text, or JSON with "quote" and perhaps "event_log", as dstack writes it."""
+    blob, event_log, collateral = plain(files.evidence), files.event_log, files.collateral
+    content = _json(files.evidence)
+    if isinstance(content, dict):
+        blob = plain(str(content["quote"]).encode())
+        event_log = event_log or _json_bytes(content.get("event_log"))
+        collateral = collateral or _json_bytes(content.get("collateral"))
+    return (Evidence(type=kind, blob=blob, collateral=collateral, event_log=event_log),)
+
+
+# AMD ------------------------------------------------------------------------------------------------------------------
+
+_MESSAGE_HEADER_BYTES = 32
+"""Of MSG_REPORT_RSP: status, size, reserved (SEV-SNP ABI, table 25)."""
+_GUID_BYTES, _ENTRY_BYTES = 16, 24
+_CERTIFICATE_GUIDS = {
+    "63da758de6644564adc5f4b93be8accd": "vcek",
+    "a8074bc2a25a483eaae639c045a0b8a1": "vlek",
+    "92f81bc3580940789f4b3c2a9a9a9a9a": "",
+}
+
+
+def _read_snp(files: Files) -> tuple[Evidence, ...]:
+    """A report, alone, behind the header of the firmware's answer, or with the host's certificates behind it."""
+    data = plain(files.evidence)
+    if len(data) >= _MESSAGE_HEADER_BYTES + REPORT_BYTES and data[:8] == bytes(4) + REPORT_BYTES.to_bytes(4, "little"):
+        end = _MESSAGE_HEADER_BYTES + REPORT_BYTES
+        if any(data[8:_MESSAGE_HEADER_BYTES]) or any(data[end:]):
+            raise ValueError("bytes around the report in the firmware's answer are not zero")
+        data = data[_MESSAGE_HEADER_BYTES:end]
+    report, table = data[:REPORT_BYTES], data[REPORT_BYTES:]
+    leaf = files.endorsement or _from_table(table)
+    if table and not _from_table(table):
+        report = data  # not a table of certificates: the verifier refuses what is behind the report
+    return (Evidence(type="sev-snp", blob=report, collateral=_snp_collateral(leaf, files.collateral)),)
+
+
+def _snp_collateral(leaf: bytes, collateral: bytes) -> bytes:
+    """`collateral` may be the certificate itself, AMD's revocation list, or the file of `cloister attest fetch`."""
+    if not leaf:
+        return _certificate(collateral) if collateral.lstrip().startswith(b"-----") else collateral
+    crl = _der(collateral, "X509 CRL") if collateral else b""
+    return pack_collateral(leaf=_certificate(leaf), crl=crl)
+
+
+def _from_table(table: bytes) -> bytes:
+    """The leaf in the certificate table of an extended report (GHCB specification, SNP Extended Guest Request)."""
+    for at in range(0, len(table) - _ENTRY_BYTES + 1, _ENTRY_BYTES):
+        guid, offset, length = table[at : at + 16], *_two_numbers(table[at + 16 : at + 24])
+        if not any(guid):
+            break
+        if _CERTIFICATE_GUIDS.get(_guid(guid)):
+            return table[offset : offset + length]
+    return b""
+
+
+def _two_numbers(data: bytes) -> tuple[int, int]:
+    return int.from_bytes(data[:4], "little"), int.from_bytes(data[4:], "little")
+
+
+def _guid(data: bytes) -> str:
+    """Hex as it is written; the first three groups are stored little endian."""
+    return (data[3::-1] + data[5:3:-1] + data[7:5:-1] + data[8:]).hex()
+
+
+# AWS ------------------------------------------------------------------------------------------------------------------
+
+_COSE_START = (b"\x84\x44\xa1\x01\x38\x22", b"\xd2\x84\x44\xa1\x01\x38\x22")
+"""An untagged or tagged COSE_Sign1 whose protected header says ES384."""
+_NSM_START = b"\xa1\x6bAttestation\xa1\x68document"
+
+
+def _read_nitro(files: Files) -> tuple[Evidence, ...]:
+    """An attestation document, as the verifier wants it; or the driver's answer around it; or behind its length."""
+    data = plain(files.evidence)
+    if data.startswith(_NSM_START):
+        data = _byte_string(data[len(_NSM_START) :])
+    elif data[4:].startswith(_COSE_START):
+        lengths = {int.from_bytes(data[:4], "big"), int.from_bytes(data[:4], "little")}
+        data = next((data[4 : 4 + n] for n in lengths if 0 < n <= len(data) - 4), data[4:])
+    return (Evidence(type="nitro", blob=data, collateral=files.collateral, event_log=files.event_log),)
+
+
+def _byte_string(data: bytes) -> bytes:
+    """The one byte string of CBOR that `data` is."""
+    heads = {0x58: 1, 0x59: 2, 0x5A: 4}
+    size = heads[data[0]]
+    length = int.from_bytes(data[1 : 1 + size], "big")
+    if len(data) != 1 + size + length:
+        raise ValueError("the driver's answer has a wrong length")
+    return data[1 + size :]
+
+
+# Forms ----------------------------------------------------------------------------------------------------------------
+
+
+def _certificate(data: bytes) -> bytes:
+    """One certificate as DER; the first one of a PEM file."""
+    return _der(data, "CERTIFICATE")
+
+
+def _der(data: bytes, label: str) -> bytes:
+    found = [match for match in _PEM.finditer(data) if match[1] == label.encode()]
+    return base64.b64decode(found[0][2]) if found else plain(data)
+
+
+def _json(data: bytes) -> Any:  # Any: JSON
+    """The value of a JSON file; None where it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_bytes(value: object) -> bytes:
+    """A part of a JSON file that is JSON itself, as text or in place."""
+    if value is None:
+        return b""
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
+
+
+def _bounded(evidence: Evidence, **changes: Any) -> Evidence:
+    try:
+        return replace(evidence, **changes)
+    except ValueError as exc:
+        raise VerificationError("evidence-format", f"the evidence is malformed: {exc}") from exc
+
+
+def _reason(exc: Exception) -> str:
+    return f"{exc.args[0]!r} is missing" if isinstance(exc, KeyError) else str(exc)
+
+
+READERS: Mapping[str, Callable[[Files], tuple[Evidence, ...]]] = MappingProxyType(
+    {
+        "tdx": lambda files: _read_quote("tdx", files),
+        "sgx": lambda files: _read_quote("sgx", files),
+        "sev-snp": _read_snp,
+        "nitro": _read_nitro,
+    }
+)
+"""By type of evidence."""
