@@ -84,6 +84,13 @@ class TpmRules(Rules):
     attestation_keys: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{68}$")], ...] = ()
     """TPM names (nameAlg and SHA-256, hex) of attestation keys that have completed credential activation, as
     `cloister attest enrol` prints them. No other key is accepted."""
+    endorsed: bool = False
+    """Whether a TPM manufacturer's certificate vouched for each of these keys' TPMs when it was enrolled. Only then do
+    claims say `hardware`: without it the TPM may be a program."""
+    min_reset_count: Count = 0
+    """Least reset counter: it grows with every boot, so a lower one means that an older state was restored."""
+    max_reset_count: Count | None = None
+    """Greatest reset counter: equal to the least one, it accepts one boot of the machine and no later one."""
 
 
 class GpuRules(Rules):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cloister.attest.appraisal import Appraisal, Verifier
-from cloister.attest.backends import dcap, sev_snp, simulated
+from cloister.attest.backends import dcap, sev_snp, simulated, tpm
 from cloister.attest.binding import device_nonce, is_bound
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims, Report
@@ -21,7 +21,13 @@ from cloister.attest.roots import TrustRoots, vendor_roots
 from cloister.errors import VerificationError
 
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
-    {SIMULATED: simulated.verify, "tdx": dcap.verify_tdx, "sgx": dcap.verify_sgx, sev_snp.TYPE: sev_snp.verify}
+    {
+        SIMULATED: simulated.verify,
+        "tdx": dcap.verify_tdx,
+        "sgx": dcap.verify_sgx,
+        sev_snp.TYPE: sev_snp.verify,
+        tpm.TYPE: tpm.verify,
+    }
 )
 """By type of evidence of a machine. A new backend is one entry here."""
 
