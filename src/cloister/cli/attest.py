@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cloister.cli.measure import measure
 from cloister.cli.options import AsJson, InsecureSimulated
 from cloister.cli.output import emit
 from cloister.errors import UsageError
@@ -153,7 +154,7 @@ def _hex(text: str | None) -> bytes | None:
 
 
 app = typer.Typer(name="attest", rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (collect, show, verify):
+for command in (collect, show, verify, measure):
     app.command()(command)
 
 

@@ -71,8 +71,8 @@ def _page_add(section: TdvfSection, page: int) -> bytes:
 def _extend(firmware: bytes, section: TdvfSection, page: int) -> bytes:
     if not section.attributes & _MR_EXTEND:
         return b""
-    stored = firmware[section.data_offset : section.data_offset + section.data_bytes]
-    content = stored[page : page + _PAGE].ljust(_PAGE, b"\0")
+    start = section.data_offset + page
+    content = firmware[start : start + _PAGE]
     return b"".join(
         _record(b"MR.EXTEND", section.address + page + at) + content[at : at + _CHUNK] for at in range(0, _PAGE, _CHUNK)
     )
@@ -111,6 +111,8 @@ def _check(section: TdvfSection, firmware_bytes: int, what: str) -> None:
         raise DataError("a TDVF section is not made of whole pages", where=what)
     if section.data_bytes > section.memory_bytes or section.data_offset + section.data_bytes > firmware_bytes:
         raise DataError("a TDVF section's contents do not fit", where=what)
+    if section.attributes & _MR_EXTEND and section.data_bytes != section.memory_bytes:
+        raise DataError("a measured TDVF section is not stored as a whole", where=what)
     if section.attributes & ~(_MR_EXTEND | _PAGE_AUG):
         raise DataError("a TDVF section has attributes that are not known here", where=what)
 
