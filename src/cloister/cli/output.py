@@ -21,6 +21,12 @@ def emit(output: Output, as_json: bool) -> None:
     console.print(render(output, console.width))
 
 
+def show_on_stderr(output: Output) -> None:
+    """Show something to the person at the terminal that is not the command's result."""
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+    console.print(render(output, console.width))
+
+
 def note(text: str) -> None:
     """Say something to the person at the terminal, on stderr, where it never mixes with a result."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -21,7 +21,7 @@ from cloister.cli.options import (
     Serve,
     ShowProgress,
 )
-from cloister.cli.output import emit, note
+from cloister.cli.output import emit, note, show_on_stderr
 from cloister.cli.progress import open_progress
 from cloister.jobfile import load_job
 from cloister.methods.processes import end_with_parent
@@ -140,17 +140,22 @@ def join(
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Answer this many own test prompts with the tuned model.")
     ] = 0,
+    approval: Annotated[
+        Path | None,
+        typer.Option("--approval", metavar="FILE", help="Your approval of the job, by `cloister sign`."),
+    ] = None,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
     """Take part in a job as one party.
 
-    Verifies the enclave, seals the data for it, sends them and collects the results. Continues after an
-    interruption.
+    Shows what the party approves, seals the data, verifies the enclave, sends them and collects the results.
+    Continues after an interruption.
 
     \b
     Examples:
       cloister join job.toml --party north --enclave enclave.example.org:7443 --key north.key --out runs/north
+      cloister join job.toml --party north --enclave HOST:7443 --key north.key --out runs/north --approval north.json
     """
     loaded = load_job(job)
     loaded.require_public_keys()
@@ -159,6 +164,7 @@ def join(
 
     signing = PartyKey.load(key)
     end_with_parent()
+    from cloister.methods.sign import summarise
     from cloister.party.join import join_job
 
     with open_progress(progress) as reporter:
@@ -172,6 +178,8 @@ def join(
             insecure_not_confidential=insecure_not_confidential,
             progress=reporter,
             samples=samples,
+            approval=approval,
+            on_open=lambda opened: None if as_json else show_on_stderr(summarise(opened, party)),
         )
     emit(report, as_json)
 

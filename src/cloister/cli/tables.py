@@ -21,6 +21,7 @@ from cloister.report.outputs import (
     ExportReport,
     GenerateReport,
     PlanReport,
+    SignReport,
     VerifyReport,
 )
 from cloister.report.terminal import alarm, compare_view, run_view
@@ -166,6 +167,30 @@ def _verdict(output: VerifyReport) -> str:
 
 def _time(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+@render.register
+def _(output: SignReport, width: int) -> RenderableType:
+    keys = _table("fingerprints: compare each with its party, by voice or on paper", ["party", "key"])
+    for party in output.parties:
+        _add_row(keys, party.party, party.public_key_fingerprint)
+    rules = output.inference
+    allowed = rules["allow"] if isinstance(rules["allow"], str) else ", ".join(rules["allow"])
+    returned = f"the {rules['top_k']} likeliest tokens" if rules["returns"] == "top-k" else "the likeliest token"
+    terms = _table("what everybody agrees to", ["", ""])
+    _add_row(terms, "job", f"{output.job_name}, {output.job_id}")
+    _add_row(terms, "gets the adapter", ", ".join(output.recipients) or "nobody: it stays in the enclave")
+    _add_row(terms, "may query", f"{allowed}; a query returns {returned}; {rules['quota_tokens']:,} tokens each")
+    _add_row(terms, "enclaves accepted", ", ".join(output.accepts) or "none")
+    for value in output.measurements:
+        registers = "\n".join(f"{name} {register}" for name, register in value.registers.items())
+        _add_row(terms, f"program ({value.type})", f"{value.label}\n{registers}")
+    if output.any_measurement:
+        _add_row(terms, "program", "ANY: which program runs is not checked")
+    parts: list[RenderableType] = [keys, terms]
+    if output.path is not None:
+        parts.append(Text(f"approved by {output.party}: {output.path}", style="bold green"))
+    return Group(*parts)
 
 
 @render.register

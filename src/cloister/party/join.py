@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cloister.adapters.files import write_adapter
+from cloister.agreement.approval import Approval
 from cloister.agreement.job import OpenJob, open_job
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
@@ -58,12 +59,16 @@ def join_job(
     progress: Progress,
     samples: int = 0,
     insecure_not_confidential: bool = False,
+    approval: Path | None = None,
+    on_open: Callable[[OpenJob], None] = lambda opened: None,
 ) -> JoinReport:
     """Take part in a job to its end.
 
     Args:
         out: folder for bundles, scores, receipt and, if the job releases it to this party, the adapter.
         enclave: its address. samples: how many test prompts to answer by split inference at the end.
+        approval: made by `cloister sign`; without it the key approves the job here.
+        on_open: is shown what this party is about to approve.
 
     Raises:
         CloisterError: anything that stops this party; the bundles stay for the next start.
@@ -74,6 +79,10 @@ def join_job(
     require_listed_measurements(opened.policy, address=enclave, insecure_simulated=insecure_simulated)
     if key.public != opened.parties[party]:
         raise UsageError("this key is not the party's key in the job", where=party, hint="give the right --key file")
+    on_open(opened)
+    approved = None if approval is None else Approval.load(approval)
+    if approved is not None:
+        approved.check(job_id=opened.resolved.job_id, party=party, public_key=key.public)
     device = pick_device(loaded.job.enclave.device)
     if loaded.job.enclave.threads is not None:
         torch.set_num_threads(loaded.job.enclave.threads)
@@ -88,6 +97,7 @@ def join_job(
         allow_simulated=insecure_simulated,
         memory=out / "manifest.cbor",
         allow_not_confidential=insecure_not_confidential,
+        approval=b"" if approved is None else approved.signature,
     )
     counter = _Counter()
     results = _with_reconnect(

@@ -102,7 +102,8 @@ def test_importing_the_command_line_loads_no_torch() -> None:
 def test_the_commands_are_those_of_the_design() -> None:
     assert COMMANDS == [
         "demo", "run", "enclave", "join", "plan", "verify", "evaluate", "compare", "export", "generate",
-        "doctor", "init", "keygen", "attest collect", "attest show", "attest verify",
+        "doctor", "init", "keygen", "sign", "attest collect", "attest show", "attest verify",
+        "attest measure",
     ]  # fmt: skip
 
 
