@@ -49,12 +49,8 @@ def pack_tcb(product: str, tcb: Mapping[str, int] = TCB) -> bytes:
 class Leaf:
     """A VCEK or VLEK."""
 
-    certificate: x509.Certificate
+    der: bytes
     key: ec.EllipticCurvePrivateKey
-
-    @property
-    def der(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.DER)
 
     def sign(self, body: bytes) -> bytes:
         """A whole report from its first 0x2A0 bytes."""
@@ -93,7 +89,7 @@ class SnpCa:
         extensions: Mapping[str, bytes | None] | None = None,
         days: tuple[int, int] = (-30, 365),
         by: str | None = None,
-        serial: int = 7,
+        serial: int = 0,
         key: ec.EllipticCurvePrivateKey | None = None,
         hash_algorithm: hashes.SHA256 | None = None,
     ) -> Leaf:
@@ -102,13 +98,16 @@ class SnpCa:
         by = by or {"vcek": "ask", "vlek": "asvk"}[kind]
         issuer, issuer_key = {"ask": (self.ask, self.ask_key), "asvk": (self.asvk, self.asvk_key)}[by]
         values = self._extensions(kind, tcb, product_name or f"{self.product}-B0", chip_id)
-        builder = self._builder(f"SEV-{kind.upper()}", issuer.subject, key.public_key(), days).serial_number(serial)
+        builder = self._builder(f"SEV-{kind.upper()}", issuer.subject, key.public_key(), days).serial_number(
+            serial or 1
+        )
         for oid, value in {**values, **(extensions or {})}.items():
             if value is not None:
                 extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(_ARC + oid), value)
                 builder = builder.add_extension(extension, critical=False)
         certificate = builder.sign(issuer_key, hash_algorithm or hashes.SHA384(), rsa_padding=PSS)
-        return Leaf(certificate=certificate, key=key)
+        der = certificate.public_bytes(Encoding.DER)
+        return Leaf(der=der if serial else _number_zero(der, certificate.tbs_certificate_bytes, issuer_key), key=key)
 
     def body(
         self,
@@ -134,7 +133,7 @@ class SnpCa:
             fields[0x188] = bytes(CPUS[self.product]) + b"\x01"
         if version >= 5:
             fields[0x1F8] = (1).to_bytes(8, "little") + (3).to_bytes(8, "little")
-        for at, value in {**fields, **(patches or {})}.items():
+        for at, value in [*fields.items(), *(patches or {}).items()]:
             body[at : at + len(value)] = value
         return bytes(body)
 
@@ -210,6 +209,12 @@ def der_integer(value: int) -> bytes:
 def der_ia5(text: str) -> bytes:
     """DER IA5String of at most 127 characters."""
     return b"\x16" + bytes([len(text)]) + text.encode("ascii")
+
+
+def _number_zero(der: bytes, tbs: bytes, issuer_key: rsa.RSAPrivateKey) -> bytes:
+    """The certificate with serial number 0 in place of 1, as AMD's have it; the library makes none."""
+    zero = tbs.replace(der_integer(1), der_integer(0), 1)
+    return der.replace(tbs, zero)[:-256] + issuer_key.sign(zero, PSS, hashes.SHA384())
 
 
 @cache

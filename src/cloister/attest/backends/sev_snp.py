@@ -105,7 +105,7 @@ def _check_endorsement(snp: SnpReport, endorsement: Endorsement, appraisal: Appr
         step.reason = f"issued by AMD's root for {endorsement.product} and {endorsement.kind.upper()}"
     with checks.step("certificate validity") as step:
         check_validity(endorsement, chain, appraisal.now)
-        step.reason = f"valid until {endorsement.certificate.not_valid_after_utc}"
+        step.reason = f"valid until {endorsement.valid_until}"
     with checks.step("revocation") as step:
         has_crl = check_revocation(endorsement, chain, appraisal.now)
         step.reason = "AMD's list names none of the certificates" if has_crl else f"NOT CHECKED: {NO_CRL}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from cryptography import x509
@@ -64,7 +65,22 @@ class Endorsement:
     """For which versions of the firmware the key exists."""
     public_key: ec.EllipticCurvePublicKey
     certificate: x509.Certificate
-    crl: x509.CertificateRevocationList | None
+    serial: int
+    issuer: x509.Name
+    valid_from: datetime
+    valid_until: datetime
+    crl: RevocationList | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevocationList:
+    """A CRL as its bytes say: unverified."""
+
+    issuer: x509.Name
+    valid_from: datetime
+    valid_until: datetime
+    serials: frozenset[int]
+    crl: x509.CertificateRevocationList
 
 
 def pack_collateral(*, leaf: bytes, crl: bytes = b"") -> bytes:
@@ -95,10 +111,12 @@ def parse_collateral(collateral: bytes) -> Endorsement:
 def parse_endorsement(leaf: bytes, crl: bytes = b"") -> Endorsement:
     """Read a leaf (DER or PEM) and a revocation list (DER). Raises: VerificationError "collateral"."""
     try:
-        certificate = load_certificate(leaf)
+        certificate, serial = load_certificate(leaf)
         values = _extensions(certificate)
         public_key = certificate.public_key()
-        revoked = x509.load_der_x509_crl(crl) if crl else None
+        # What the library reads only when asked has to be asked for here, where its errors are expected.
+        issuer, start, end = certificate.issuer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        revocations = _parse_crl(crl) if crl else None
     except _PARSE_ERRORS as exc:
         raise VerificationError("collateral", f"a certificate or revocation list is malformed: {exc}") from exc
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP384R1):
@@ -113,14 +131,32 @@ def parse_endorsement(leaf: bytes, crl: bytes = b"") -> Endorsement:
         tcb=_tcb(values, product),
         public_key=public_key,
         certificate=certificate,
-        crl=revoked,
+        serial=serial,
+        issuer=issuer,
+        valid_from=start,
+        valid_until=end,
+        crl=revocations,
     )
 
 
-def load_certificate(data: bytes) -> x509.Certificate:
-    """Load one certificate, DER or PEM, whose serial number may be zero: AMD gives all its leaves that one.
+def _parse_crl(data: bytes) -> RevocationList:
+    crl = x509.load_der_x509_crl(data)
+    if crl.next_update_utc is None:
+        raise ValueError("the revocation list does not say until when it holds")
+    return RevocationList(
+        issuer=crl.issuer,
+        valid_from=crl.last_update_utc,
+        valid_until=crl.next_update_utc,
+        serials=frozenset(entry.serial_number for entry in crl),
+        crl=crl,
+    )
 
-    cryptography 50 warns that a later release will refuse them; then this function is the one to change.
+
+def load_certificate(data: bytes) -> tuple[x509.Certificate, int]:
+    """Load one certificate, DER or PEM, and its serial number, which may be zero: AMD gives all its leaves that one.
+
+    cryptography 50 warns, when it loads and when it is asked, that a later release will refuse them; then this
+    function is the one to change. Raises: one of `_PARSE_ERRORS`.
     """
     # The list of filters is one for all threads: without the lock two of them could leave the filter behind.
     with _filters, warnings.catch_warnings():
@@ -128,11 +164,12 @@ def load_certificate(data: bytes) -> x509.Certificate:
             "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
         )
         if data[:1] == b"\x30":
-            return x509.load_der_x509_certificate(data)
-        certificates = x509.load_pem_x509_certificates(data)
+            certificates = [x509.load_der_x509_certificate(data)]
+        else:
+            certificates = x509.load_pem_x509_certificates(data)
         if len(certificates) != 1:
             raise ValueError("one certificate is needed, the leaf")
-        return certificates[0]
+        return certificates[0], certificates[0].serial_number
 
 
 def check_chain(endorsement: Endorsement, roots: TrustRoots) -> AmdChain:
@@ -142,40 +179,50 @@ def check_chain(endorsement: Endorsement, roots: TrustRoots) -> AmdChain:
         raise VerificationError("chain", f"no root is pinned for {endorsement.product} and {endorsement.kind.upper()}")
     _check_issued(chain.root, chain.root, "the root (ARK)")
     _check_issued(chain.intermediate, chain.root, "the intermediate")
+    if endorsement.issuer != chain.intermediate.subject:
+        message = f"the {endorsement.kind.upper()} names another issuer than AMD's for this product and kind of key"
+        raise VerificationError("chain", message)
     _check_issued(endorsement.certificate, chain.intermediate, f"the {endorsement.kind.upper()}")
     return chain
 
 
 def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate, what: str) -> None:
-    if certificate.issuer != issuer.subject:
-        raise VerificationError("chain", f"{what} names another issuer than AMD's for this product and kind of key")
     try:
-        data, signature = certificate.tbs_certificate_bytes, certificate.signature
-        _verify_pss(issuer, signature, data)
-    except InvalidSignature as exc:
+        _verify_pss(issuer, certificate.signature, certificate.tbs_certificate_bytes)
+        # Once more, as the certificate says itself: what it says outside of its signed part must be true as well.
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, *_PARSE_ERRORS) as exc:
         raise VerificationError("chain", f"{what} was not signed by its issuer: it is not AMD's") from exc
 
 
 def _verify_pss(issuer: x509.Certificate, signature: bytes, data: bytes) -> None:
     """With parameters of ours, whatever the certificate says. Raises: InvalidSignature."""
+    pss = padding.PSS(mgf=padding.MGF1(SHA384()), salt_length=48)
+    _rsa_key(issuer).verify(signature, data, pss, SHA384())
+
+
+def _rsa_key(issuer: x509.Certificate) -> rsa.RSAPublicKey:
     key = issuer.public_key()
     if not isinstance(key, rsa.RSAPublicKey):
         raise InvalidSignature
-    key.verify(signature, data, padding.PSS(mgf=padding.MGF1(SHA384()), salt_length=48), SHA384())
+    return key
 
 
 def check_validity(endorsement: Endorsement, chain: AmdChain, now: float) -> None:
     """Every certificate is valid at `now`, seconds since 1970. Raises: VerificationError "expired"."""
-    certificates = {
-        endorsement.kind.upper(): endorsement.certificate,
-        "intermediate": chain.intermediate,
-        "root (ARK)": chain.root,
+    times = {
+        endorsement.kind.upper(): (endorsement.valid_from, endorsement.valid_until),
+        "intermediate": (chain.intermediate.not_valid_before_utc, chain.intermediate.not_valid_after_utc),
+        "root (ARK)": (chain.root.not_valid_before_utc, chain.root.not_valid_after_utc),
     }
-    for name, certificate in certificates.items():
-        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        if not start.timestamp() <= now <= end.timestamp():
-            hint = "fetch the certificate anew, or compare the clock"
-            raise VerificationError("expired", f"the {name} is valid from {start} to {end} only", hint=hint)
+    for name, (start, end) in times.items():
+        _check_time(name, start, end, now)
+
+
+def _check_time(name: str, start: datetime, end: datetime, now: float) -> None:
+    if not start.timestamp() <= now <= end.timestamp():
+        hint = "fetch it anew, or compare the clock"
+        raise VerificationError("expired", f"the {name} is valid from {start} to {end} only", hint=hint)
 
 
 def check_revocation(endorsement: Endorsement, chain: AmdChain, now: float) -> bool:
@@ -186,24 +233,21 @@ def check_revocation(endorsement: Endorsement, chain: AmdChain, now: float) -> b
     crl = endorsement.crl
     if crl is None:
         return False
+    if crl.issuer != chain.root.subject:
+        raise VerificationError("collateral", "the revocation list is not one of AMD's root for this product")
     try:
-        if crl.issuer != chain.root.subject or crl.next_update_utc is None:
-            raise VerificationError("collateral", "the revocation list is not one of AMD's root for this product")
-        _verify_pss(chain.root, crl.signature, crl.tbs_certlist_bytes)
-        start, end = crl.last_update_utc, crl.next_update_utc
-        # AMD numbers all leaves 0: an entry 0 would mean every one of them, and is taken at its word.
-        found = {entry.serial_number for entry in crl}
-    except InvalidSignature as exc:
+        _verify_pss(chain.root, crl.crl.signature, crl.crl.tbs_certlist_bytes)
+        # Once more, as the list says itself, see `_check_issued`.
+        if not crl.crl.is_signature_valid(_rsa_key(chain.root)):
+            raise InvalidSignature
+    except (InvalidSignature, *_PARSE_ERRORS) as exc:
         raise VerificationError("collateral", "the revocation list was not signed by AMD's root") from exc
-    except _PARSE_ERRORS as exc:
-        raise VerificationError("collateral", f"the revocation list is malformed: {exc}") from exc
-    if not start.timestamp() <= now <= end.timestamp():
-        hint = "fetch the revocation list anew, or compare the clock"
-        raise VerificationError("expired", f"the revocation list is valid from {start} to {end} only", hint=hint)
+    _check_time("revocation list", crl.valid_from, crl.valid_until, now)
+    # AMD numbers all leaves 0: an entry 0 would mean every one of them, and is taken at its word.
     for name, certificate in (("root", chain.root), ("intermediate", chain.intermediate)):
-        if certificate.serial_number in found:
+        if certificate.serial_number in crl.serials:
             raise VerificationError("revoked", f"AMD has revoked the {name} of this product's certificates")
-    if endorsement.certificate.serial_number in found:
+    if endorsement.serial in crl.serials:
         raise VerificationError("revoked", f"AMD has revoked the {endorsement.kind.upper()}")
     return True
 
