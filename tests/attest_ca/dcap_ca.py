@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 from cryptography import x509
@@ -230,15 +231,21 @@ class DcapCa:
         chain: bytes | None = None,
         qe_svn: int = _QE_SVN,
         qe_mrsigner: bytes = QE_MRSIGNER,
+        qe_flags: int = 0x11,
     ) -> bytes:
-        """Header and body, signed by an attestation key that the quoting enclave vouches for."""
+        """Header and body, signed by an attestation key that the quoting enclave vouches for.
+
+        Args:
+            pck: another certificate of the platform's key. chain: what stands in place of the certificates.
+            qe_svn, qe_mrsigner, qe_flags: of the quoting enclave.
+        """
         key = _new_key()
         public = key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
         auth = bytes(range(32))
         qe_report = sgx_body(
             report_data=hashlib.sha256(public + auth).digest() + bytes(32),
             mr_signer=qe_mrsigner,
-            flags=0x11,
+            flags=qe_flags,
             isv_prod_id=_QE_PROD_ID[tee],
             isv_svn=qe_svn,
         )
@@ -259,6 +266,12 @@ class DcapCa:
         """SGX evidence; `quote` as for `sgx_quote`."""
         collateral = self.collateral("sgx") if collateral is None else collateral
         return Evidence(type="sgx", blob=self.sgx_quote(**quote), collateral=collateral)
+
+
+@cache
+def shared_ca() -> DcapCa:
+    """One CA for all tests that change nothing in it."""
+    return DcapCa()
 
 
 def header(tee: str, version: int) -> bytes:

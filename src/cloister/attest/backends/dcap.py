@@ -2,7 +2,8 @@
 
 Guarantees: a genuine platform below the pinned root made this quote, nothing of it is altered or left over, no debug,
 its TCB status and every advisory are in the policy's lists, collateral is present and valid now, and an event log
-replays to the quoted RTMRs. Left to the caller: binding and measurement (`attest.verify`).
+replays to the quoted RTMRs. Left to the caller: binding and measurement (`attest.verify`). Collateral can be written in
+several ways that mean the same (order of keys, space), so a hash of evidence is no identity.
 
 Steps: (1) layout, (2) attributes, (3) collateral is there, (4) the pinned root, (5) certificates and revocation lists,
 (6) signatures, (7) TCB status, (8) advisories, then (9) event log (TDX) or security version (SGX).

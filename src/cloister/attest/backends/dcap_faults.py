@@ -72,7 +72,7 @@ def _malformed_pck(found: re.Match[str], tee: str) -> VerificationError:
 
 def _signature(found: re.Match[str], tee: str) -> VerificationError:
     hint = "the quote was altered, or no genuine Intel platform made it"
-    return VerificationError("signature", f"{_SIGNATURES.get(found[0], _NOT_INTELS)}", hint=hint)
+    return VerificationError("signature", _SIGNATURES.get(found[0], _NOT_INTELS), hint=hint)
 
 
 def _status(found: re.Match[str], tee: str) -> VerificationError:
@@ -81,8 +81,11 @@ def _status(found: re.Match[str], tee: str) -> VerificationError:
 
 
 def _no_status(found: re.Match[str], tee: str) -> VerificationError:
-    hint = "update the platform's microcode and firmware; no policy can accept this"
-    return VerificationError("tcb", "the platform is older than every level that Intel lists, or revoked", hint=hint)
+    return VerificationError("tcb", _HOPELESS[found[0]], hint=_UPDATE)
+
+
+def _old_enclave(found: re.Match[str], tee: str) -> VerificationError:
+    return VerificationError("tcb", "the quoting enclave is older than every version that Intel lists", hint=_UPDATE)
 
 
 def _unknown_status(found: re.Match[str], tee: str) -> VerificationError:
@@ -101,11 +104,17 @@ def _platform(found: re.Match[str], tee: str) -> VerificationError:
 
 _FETCH = "fetch the collateral for this quote anew"
 _CLOCK = "compare this machine's clock"
+_UPDATE = "update the platform's microcode and firmware; no policy can accept this"
 _NOT_INTELS = "the enclave that signed the quote is not Intel's quoting enclave"
 _SIGNATURES = {
     "ISV enclave report signature": "the signature over the report does not hold",
     "invalid for qe_report": "the platform's signature over its quoting enclave does not hold",
     "QE report hash mismatch": "the quoting enclave vouches for another attestation key",
+}
+_HOPELESS = {
+    "No matching TCB level": "the platform is older than every level that Intel lists",
+    "TCB status is invalid: Revoked": "Intel has revoked the platform's TCB level",
+    "TDX module": "the platform's TDX module is not one that Intel lists",
 }
 _PLATFORM = {
     "Dynamic platform is": ("places to add packages", "dynamic_platform"),
@@ -119,10 +128,11 @@ _FAULTS: tuple[tuple[str, Stage, Callable[[re.Match[str], str], VerificationErro
     (r"Signature is invalid for (tcb_info|qe_identity)", "certificates", _altered),
     (r"Unsupported QE Identity|with non-(?:TDX|SGX) TCB info|Fmspc mismatch", "certificates", _of_another),
     (r"Failed to parse root CA CRL", "certificates", _revocation_list),
-    (r"Failed to parse PCK certificate|Failed to extract PCK certificates", "certificates", _malformed_pck),
+    (r"Failed to parse PCK certificate", "certificates", _malformed_pck),
     (r"invalid for qe_report|QE report hash mismatch|ISV enclave report signature", "signatures", _signature),
     (r"Unknown QE vendor ID|QE report validation|QE auth data length", "signatures", _signature),
-    (r"QE (?:MRSIGNER|ISVPRODID|MISCSELECT|ATTRIBUTES) mismatch|QE ISVSVN \d+ is below", "signatures", _signature),
+    (r"QE (?:MRSIGNER|ISVPRODID|MISCSELECT|ATTRIBUTES) mismatch", "signatures", _signature),
+    (r"QE ISVSVN \d+ is below", "signatures", _old_enclave),
     (r"TCB status (\w+) is not acceptable", "tcb", _status),
     (r"Unrecognized TCB status (\w+)", "tcb", _unknown_status),
     (r"No matching TCB level|TCB status is invalid: Revoked|TDX module", "tcb", _no_status),
@@ -148,7 +158,7 @@ def _explain(
     certificates: list[x509.Certificate], crls: list[x509.CertificateRevocationList], now: int
 ) -> VerificationError:
     for crl in crls:
-        if crl.next_update_utc is None or crl.next_update_utc.timestamp() < now:
+        if crl.next_update_utc is None or crl.next_update_utc.timestamp() <= now:
             return VerificationError("expired", f"the revocation list of {_name(crl.issuer)} has expired", hint=_FETCH)
     for certificate in certificates:
         if certificate.not_valid_after_utc.timestamp() < now or certificate.not_valid_before_utc.timestamp() > now:
@@ -164,4 +174,5 @@ def _explain(
 
 
 def _name(name: x509.Name) -> str:
-    return name.rfc4514_string()[:100]
+    """For a message: somebody else chose it."""
+    return "".join(c if c.isprintable() else "?" for c in name.rfc4514_string()[:100])

@@ -1,7 +1,7 @@
 """Collecting SGX quotes under Gramine: write the report data to one pseudo-file, read the quote from another.
 
 Gramine shows /dev/attestation only inside the enclave, so nothing outside can answer here. Its quote comes without
-collateral, which Intel's service publishes; a verifier refuses evidence without it.
+collateral, which Intel's service publishes (`attest.attester.WithCollateral` adds it); a verifier refuses it without.
 
 Source: Gramine documentation, "Attestation and Secret Provisioning", section "/dev/attestation pseudo-filesystem".
 """
@@ -26,10 +26,15 @@ class GramineAttester:
 
     type = TYPE
 
-    def __init__(self, *, root: Path = Path("/"), collateral: bytes = b"") -> None:
-        """Args: root: where /dev lies (tests). collateral: QuoteCollateralV3 as JSON, fetched for this platform."""
+    def __init__(self, root: Path = Path("/")) -> None:
+        """Args: root: where /dev lies (tests)."""
         self._folder = root / FOLDER
-        self._collateral = collateral
+
+    @classmethod
+    def found(cls, root: Path = Path("/")) -> str | None:
+        """The folder, if this process runs under Gramine with attestation; see `attest.attester.Backend`."""
+        folder = root / FOLDER
+        return str(folder) if (folder / "attestation_type").exists() else None
 
     def collect(self, report_data: bytes) -> Evidence:
         """See `attest.attester.Attester`.
@@ -48,7 +53,7 @@ class GramineAttester:
             raise self._unusable("user_report_data", exc) from exc
         quote = self._read("quote", MAX_BLOB_BYTES)
         self._check(quote, report_data)
-        return Evidence(type=TYPE, blob=quote, collateral=self._collateral)
+        return Evidence(type=TYPE, blob=quote)
 
     def _check(self, quote: bytes, report_data: bytes) -> None:
         """The files are shared by the whole enclave: another thread may have written its own report data."""
