@@ -58,12 +58,14 @@ def verify(evidence: Evidence, appraisal: Appraisal) -> Report:
     with appraisal.checks.step("endorsement format") as step:
         endorsement = parse_collateral(evidence.collateral)
         step.reason = f"a {endorsement.kind.upper()} of the product line {endorsement.product}"
-    return verify_report(report, endorsement, appraisal)
+    return verify_report(report, endorsement, appraisal, any_level=appraisal.any_measurement)
 
 
-def verify_report(snp: SnpReport, endorsement: Endorsement, appraisal: Appraisal) -> Report:
+def verify_report(snp: SnpReport, endorsement: Endorsement, appraisal: Appraisal, *, any_level: bool) -> Report:
     """The steps after parsing, in this order, for every kind of evidence that contains an SNP report.
 
+    Args:
+        any_level: whether it does not matter which privilege level inside the guest asked for the report.
     Raises: as `verify`.
     """
     has_crl = _check_endorsement(snp, endorsement, appraisal)
@@ -88,7 +90,7 @@ def verify_report(snp: SnpReport, endorsement: Endorsement, appraisal: Appraisal
         _check_migration(snp)
         step.reason = "no migration agent can move the memory elsewhere"
     with checks.step("privilege level") as step:
-        step.reason = _check_privilege(snp, appraisal.any_measurement)
+        step.reason = _check_privilege(snp, any_level)
     with checks.step("guest policy") as step:
         _check_guest(snp, rules)
         step.reason = "threads, sockets and security version are as the policy wants them"
@@ -202,11 +204,11 @@ def _check_migration(snp: SnpReport) -> None:
         raise VerificationError("migration", "a migration agent may copy the memory to another machine", hint=hint)
 
 
-def _check_privilege(snp: SnpReport, any_measurement: bool) -> str:
+def _check_privilege(snp: SnpReport, any_level: bool) -> str:
     """Only VMPL 0 is what the launch measurement vouches for: it may start programs below it that nobody measured."""
     if snp.vmpl == 0:
         return "asked for from the guest's highest privilege level, VMPL 0"
-    if any_measurement:
+    if any_level:
         return f"asked for from VMPL {snp.vmpl}, which does not matter to a policy that accepts ANY measurement"
     hint = "ask for the report from VMPL 0, the highest level: what runs at others is not what was measured"
     raise VerificationError("vmpl", f"the report was asked for from privilege level VMPL {snp.vmpl}", hint=hint)
