@@ -76,7 +76,7 @@ class Enrolment:
     attestation_key: str
     """Its TPM name, hex: an entry of `attestation_keys` in [tpm] of a policy."""
     endorsement_key: str
-    """SHA-256 of the endorsement key as SubjectPublicKeyInfo, hex: compare it with what the machine's owner says, or with
+    """SHA-256 of the endorsement key (SubjectPublicKeyInfo), hex: compare it with what the machine's owner says, or
     `tpm2_createek -G rsa -u ek.pem -f pem -c ek.ctx && openssl pkey -pubin -in ek.pem -outform der | sha256sum`."""
     endorsed: bool
     """Whether a manufacturer that the verifier trusts certified the endorsement key: `endorsed` in [tpm]."""
@@ -214,8 +214,8 @@ def _parse_endorsement_key(public: bytes) -> rsa.RSAPublicKey:
     cursor = Cursor(public[len(start) :], "the endorsement key's public area")
     modulus = cursor.sized(_RSA_BYTES)
     cursor.end()
-    if len(modulus) != _RSA_BYTES:
-        raise VerificationError("endorsement-key", "the endorsement key does not have 2048 bits")
+    if len(modulus) != _RSA_BYTES or modulus[-1] % 2 == 0:
+        raise VerificationError("endorsement-key", "the endorsement key's modulus is not one of 2048 bits")
     return rsa_public_key(modulus, _EXPONENT)
 
 
