@@ -39,6 +39,7 @@ class Event:
     """48 bytes."""
     name: str
     payload: bytes
+    """What the digest was made of, as the name, if `type` is RUNTIME_EVENT; else nobody vouches for either."""
 
 
 def parse(data: bytes) -> tuple[Event, ...]:
