@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cloister.attest.appraisal import Appraisal, Verifier
-from cloister.attest.backends import azure_vtpm, dcap, sev_snp, simulated, tpm
+from cloister.attest.backends import azure_vtpm, dcap, nitro, sev_snp, simulated, tpm
 from cloister.attest.binding import device_nonce, is_bound
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims, Report
@@ -27,6 +27,7 @@ VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
         "sgx": dcap.verify_sgx,
         sev_snp.TYPE: sev_snp.verify,
         azure_vtpm.TYPE: azure_vtpm.verify,
+        nitro.TYPE: nitro.verify,
         tpm.TYPE: tpm.verify,
     }
 )
