@@ -126,9 +126,17 @@ def test_reports_know_of_attestation_only_what_was_claimed() -> None:
 
 
 def test_only_the_channel_carries_bytes() -> None:
-    """`grpc` is the one way out; a command may look whether a port answers, and a software TPM sits at a socket."""
+    """`grpc` is the one way out; a command may look whether a port answers, and a software TPM sits at a socket. What
+    fetches the vendors' endorsements is for one command: nothing that verifies, and no role of a job, comes near it."""
+    fetches = SOURCE / "attest" / "collateral.py"
     assert {part(path) for path in FILES if "grpc" in OUTSIDE[path]} == {"channel"}
-    assert {part(path) for path in FILES if OUTSIDE[path] & (_CONNECTIONS - {"grpc"})} <= {"cli", "methods", "tpm"}
+    assert {part(path) for path in FILES if path != fetches and OUTSIDE[path] & (_CONNECTIONS - {"grpc"})} <= {
+        "cli",
+        "methods",
+        "tpm",
+    }
+    users = [path for path in FILES if "cloister.attest.collateral" in imports(path)]
+    assert names(users) == ["methods/attest.py"]
 
 
 def test_party_and_enclave_do_not_import_each_other() -> None:

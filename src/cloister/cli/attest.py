@@ -143,6 +143,60 @@ def collect(
     emit(report, as_json)
 
 
+def fetch(
+    evidence: EvidenceFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; must be new.", show_default=False)],
+    kind: VendorType = None,
+    endorsement: EndorsementFile = None,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Write the evidence with the endorsements inside, not these alone.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Remember the services' answers here, for a day.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the vendor's endorsements for evidence.
+
+    Asks Intel's or AMD's service, the only command that does. What it writes is signed by the vendor; a verifier
+    checks that. An enclave adds the file to its evidence: [enclave] collateral in the job.
+
+    \b
+    Examples:
+      cloister attest fetch enclave.evidence --out collateral.json
+      cloister attest fetch report.bin --type sev-snp --out complete.evidence --embed
+    """
+    from cloister.methods.attest import Paths, fetch_collateral
+
+    paths = Paths(evidence=evidence, kind=kind, endorsement=endorsement)
+    emit(fetch_collateral(paths, out, embed=embed, cache=cache), as_json)
+
+
+def enrol(
+    tpm: Annotated[
+        str, typer.Option("--tpm", metavar="DEVICE", help="Which TPM: a device, or swtpm:PATH of a socket.")
+    ] = "/dev/tpmrm0",
+    manufacturer: Annotated[
+        list[Path] | None,
+        typer.Option("--manufacturer", metavar="FILE", help="Certificates (PEM) of who may vouch for the TPM."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Enrol this machine's TPM: prove that its attestation key is in it.
+
+    Prints the table for a policy. Run it on the machine with the TPM. Without --manufacturer nobody vouches for the
+    TPM: compare the endorsement key with what the machine's owner says.
+
+    \b
+    Examples:
+      cloister attest enrol
+      cloister attest enrol --tpm swtpm:/run/tpm.sock --json
+    """
+    from cloister.methods.attest import enrol_tpm
+
+    emit(enrol_tpm(tpm, manufacturer or []), as_json)
+
+
 def _hex(text: str | None) -> bytes | None:
     """Raises: UsageError."""
     if text is None:
@@ -154,7 +208,7 @@ def _hex(text: str | None) -> bytes | None:
 
 
 app = typer.Typer(name="attest", rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (collect, show, verify, measure):
+for command in (collect, show, verify, fetch, enrol, measure):
     app.command()(command)
 
 

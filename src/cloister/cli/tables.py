@@ -13,6 +13,8 @@ from rich.text import Text
 from cloister.report.model import ALL, Attestation, Output, RunReport, Scored
 from cloister.report.outputs import (
     AttestCollectReport,
+    AttestEnrolReport,
+    AttestFetchReport,
     AttestShowReport,
     AttestVerifyReport,
     CompareReport,
@@ -153,6 +155,25 @@ def _(output: AttestCollectReport, width: int) -> RenderableType:
         f"bound to {output.report_data}\n"
         f"{output.bytes:,} bytes written to {output.path}"
     )
+
+
+@render.register
+def _(output: AttestFetchReport, width: int) -> RenderableType:
+    what = (
+        f"{output.type} evidence with its endorsements"
+        if output.embedded
+        else f"endorsements of {output.type} evidence"
+    )
+    return Text("\n".join([*output.sources, f"{what}: {output.bytes:,} bytes written to {output.path}"]))
+
+
+@render.register
+def _(output: AttestEnrolReport, width: int) -> RenderableType:
+    table = Text(output.policy)
+    if output.endorsed:
+        return table
+    owner = f"nobody vouches for this TPM: compare its endorsement key with its owner's: {output.endorsement_key}"
+    return Group(table, *_warnings([owner]))
 
 
 def _verdict(output: VerifyReport) -> str:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from cryptography import x509
 
 from cloister.attest.attester import AttesterKind, find_attester
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims
+from cloister.attest.collateral import Fetcher, Services, collateral_for
+from cloister.attest.enrol import enrol
 from cloister.attest.evidence import REPORT_DATA_BYTES, Evidence
 from cloister.attest.policy import AppraisalPolicy, ReferenceValue
 from cloister.attest.unverified import describe
@@ -24,6 +28,8 @@ from cloister.errors import UsageError, VerificationError
 from cloister.report.outputs import (
     AttestCheck,
     AttestCollectReport,
+    AttestEnrolReport,
+    AttestFetchReport,
     AttestShowReport,
     AttestVerifyReport,
     MeasurementDiff,
@@ -126,6 +132,55 @@ def collect_evidence(
     )
 
 
+def fetch_collateral(
+    paths: Paths, out: Path, *, embed: bool, cache: Path | None, services: Services | None = None
+) -> AttestFetchReport:
+    """Ask the vendor's service for the endorsements of evidence and write them to a new file.
+
+    Args:
+        embed: write the evidence with the endorsements inside, in our envelope. cache: folder that remembers answers.
+
+    Raises:
+        UsageError: there is nothing to fetch for it. TransportError: the service does not answer.
+        VerificationError: the evidence is malformed.
+    """
+    evidence = read_evidence(paths)
+    fetcher = Fetcher(services=services or Services(), cache=cache)
+    collateral = collateral_for(evidence, fetcher)
+    content = replace(evidence, collateral=collateral).to_bytes() if embed else collateral
+    write_new(out, content)
+    return AttestFetchReport(
+        path=str(out), type=evidence.type, embedded=embed, sources=fetcher.sources, bytes=len(content)
+    )
+
+
+def enrol_tpm(tpm: str, manufacturers: Sequence[Path]) -> AttestEnrolReport:
+    """Activate a credential with this machine's TPM, so that its attestation key may stand in a policy.
+
+    Args:
+        tpm: its address. manufacturers: certificates (PEM) of those who may vouch for it; none: nobody does.
+
+    Raises:
+        VerificationError: the keys are not those of one TPM. UsageError, TransportError: there is none that answers.
+    """
+    certificates = [certificate for path in manufacturers for certificate in _certificates(path)]
+    enrolment = enrol(tpm, manufacturers=certificates)
+    return AttestEnrolReport(
+        attestation_key=enrolment.attestation_key,
+        endorsement_key=enrolment.endorsement_key,
+        endorsed=enrolment.endorsed,
+        tpm=tpm,
+        policy=enrolment.to_toml(),
+    )
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read(path))
+    except ValueError as exc:
+        raise UsageError("no certificates in PEM form", where=str(path)) from exc
+
+
 def write_new(path: Path, content: bytes) -> None:
     """Write a file that must not exist. Raises: UsageError."""
     try:
@@ -173,8 +228,7 @@ def _merge(claims: Sequence[Claims]) -> Claims:
     return claims[0]
 
 
-def _diff(value: ReferenceValue, kind: str, registers: object) -> MeasurementDiff:
-    found = dict(registers)  # type: ignore[call-overload]  # a mapping
+def _diff(value: ReferenceValue, kind: str, found: Mapping[str, bytes]) -> MeasurementDiff:
     rows = [
         RegisterDiff(
             name=name,

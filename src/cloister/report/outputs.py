@@ -282,6 +282,8 @@ class AttestFetchReport(Versioned):
     path: str
     type: str
     """Of the evidence that they are for."""
+    embedded: bool
+    """The file is the evidence with the endorsements inside, not the endorsements alone."""
     sources: list[str]
     """Addresses that were asked, or the cache that had the answer."""
     bytes: Count
@@ -294,7 +296,11 @@ class AttestEnrolReport(Versioned):
     """Its TPM name, hex, for `attestation_keys` in [tpm] of a policy."""
     endorsement_key: str
     """SHA-256 of the endorsement key's public half, hex: compare it with what the machine's maker or owner says."""
+    endorsed: bool
+    """A manufacturer that was named vouches for the TPM."""
     tpm: str
+    policy: str
+    """The table for a policy file, TOML."""
 
 
 class PartyFingerprint(Part):

@@ -103,7 +103,7 @@ def test_the_commands_are_those_of_the_design() -> None:
     assert COMMANDS == [
         "demo", "run", "enclave", "join", "plan", "verify", "evaluate", "compare", "export", "generate",
         "doctor", "init", "keygen", "sign", "attest collect", "attest show", "attest verify",
-        "attest measure",
+        "attest fetch", "attest enrol", "attest measure",
     ]  # fmt: skip
 
 
