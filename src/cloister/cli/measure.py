@@ -14,18 +14,18 @@ _PHASES = "enter-initrd:leave-initrd:sysinit:ready"
 
 
 def measure(
-    image: Annotated[
-        Path,
-        typer.Argument(
-            metavar="IMAGE",
-            help="Unified kernel image (tpm, tdx, sev-snp), EIF (nitro) or SIGSTRUCT, a .sig file (sgx).",
-            show_default=False,
-        ),
-    ],
     kind: Annotated[
         Literal["tpm", "tdx", "sev-snp", "nitro", "sgx"],
         typer.Option("--type", help="The evidence that the machine will give.", show_default=False),
     ],
+    image: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[IMAGE]",
+            help="Unified kernel image (tpm, tdx, sev-snp), EIF (nitro) or .sig file (sgx); none: this installation (tpm).",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="Content of the configuration disk (tdx, sev-snp)."),
@@ -61,6 +61,7 @@ def measure(
     Examples:
       cloister attest measure cloister.efi --type tdx --firmware OVMF.fd --config config.img --policy-out policy.toml
       cloister attest measure cloister.efi --type sev-snp --firmware OVMF.amdsev.fd --vcpus 8 --config config.img
+      cloister attest measure --type tpm
       cloister attest measure enclave.eif --type nitro
       cloister attest measure python.sig --type sgx --json
     """

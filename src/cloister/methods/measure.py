@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cloister
 from cloister.attest.measure.nitro import measure_nitro
 from cloister.attest.measure.reference import Reference
 from cloister.attest.measure.sgx import measure_sgx
@@ -13,6 +14,7 @@ from cloister.attest.measure.snp import DEFAULT_GUEST_FEATURES, DEFAULT_VCPU_TYP
 from cloister.attest.measure.tdx import measure_tdx
 from cloister.attest.measure.tpm import BOOT_PHASES, measure_tpm
 from cloister.attest.measure.uki import Uki, parse_uki
+from cloister.attest.workload import workload_register
 from cloister.errors import UsageError
 from cloister.report.outputs import MeasureReport
 
@@ -24,7 +26,8 @@ MAX_CONFIG_BYTES = 64 << 20
 class MeasureOptions:
     """What to measure, and what the machine that will run it looks like."""
 
-    image: Path
+    image: Path | None
+    """None: this installation, as the enclave process measures it into a TPM."""
     config: Path | None = None
     """The content of the configuration disk: the folder with job and policy, packed."""
     firmware: Path | None = None
@@ -35,6 +38,16 @@ class MeasureOptions:
     label: str = ""
     """Name of the measurement in the policy; the image's file name where empty."""
 
+    @property
+    def file(self) -> Path:
+        """The image.
+
+        Raises: UsageError if there is none.
+        """
+        if self.image is None:
+            raise UsageError("give the IMAGE to measure", hint="only tpm has something to measure without one")
+        return self.image
+
 
 def measure_image(kind: str, options: MeasureOptions) -> MeasureReport:
     """Compute what can be computed, and say what cannot.
@@ -43,9 +56,9 @@ def measure_image(kind: str, options: MeasureOptions) -> MeasureReport:
     Raises: UsageError: options are missing or do not fit the kind. DataError: a file is malformed.
     """
     reference = MEASURERS[kind](options)
-    label = options.label or options.image.name
+    label = options.label or (options.image.name if options.image else f"cloister {cloister.__version__}")
     return MeasureReport(
-        image=str(options.image),
+        image=str(options.image or ""),
         type=kind,
         label=label,
         registers={name: value.hex() for name, value in reference.registers.items()},
@@ -73,7 +86,11 @@ def write_policy(report: MeasureReport, path: Path) -> None:
 
 def _tpm(options: MeasureOptions) -> Reference:
     _refuse(options, "tpm", "firmware", "vcpus", "config")
-    return measure_tpm(_uki(options), workload=None, phases=options.phases)
+    if options.image is None:
+        name, value = workload_register()
+        note = "this installation only: a policy should name the boot's registers too (pcr0, pcr4, pcr11, pcr12)"
+        return Reference(type="tpm", registers={name: value}, notes=(note,))
+    return measure_tpm(_uki(options), phases=options.phases)
 
 
 def _tdx(options: MeasureOptions) -> Reference:
@@ -100,12 +117,12 @@ def _snp(options: MeasureOptions) -> Reference:
 
 def _nitro(options: MeasureOptions) -> Reference:
     _refuse(options, "nitro", "firmware", "vcpus", "config")
-    return measure_nitro(_read(options.image, MAX_IMAGE_BYTES), what=str(options.image))
+    return measure_nitro(_read(options.file, MAX_IMAGE_BYTES), what=str(options.file))
 
 
 def _sgx(options: MeasureOptions) -> Reference:
     _refuse(options, "sgx", "firmware", "vcpus", "config")
-    return measure_sgx(_read(options.image, MAX_IMAGE_BYTES), what=str(options.image))
+    return measure_sgx(_read(options.file, MAX_IMAGE_BYTES), what=str(options.file))
 
 
 MEASURERS: dict[str, Callable[[MeasureOptions], Reference]] = {
@@ -131,7 +148,7 @@ def _refuse(options: MeasureOptions, kind: str, *names: str) -> None:
 
 
 def _uki(options: MeasureOptions) -> Uki:
-    return parse_uki(_read(options.image, MAX_IMAGE_BYTES), what=str(options.image))
+    return parse_uki(_read(options.file, MAX_IMAGE_BYTES), what=str(options.file))
 
 
 def _configuration(options: MeasureOptions) -> bytes | None:

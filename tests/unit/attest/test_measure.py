@@ -31,6 +31,7 @@ from cloister.attest.measure.tdx import EXIT_BOOT_SERVICES, measure_tdx, rtmr1, 
 from cloister.attest.measure.tpm import BOOT_PHASES, CALLING_EFI_APPLICATION, SEPARATOR, measure_tpm, pcr4, pcr11
 from cloister.attest.measure.uki import parse_uki
 from cloister.attest.policy import AppraisalPolicy
+from cloister.attest.workload import workload_register
 from cloister.cli import main
 from cloister.errors import DataError, JobError, UsageError
 from tests.evidence import EVIDENCE
@@ -179,8 +180,8 @@ def test_pcr_4_holds_the_kernel_once_more_before_258() -> None:
 
 
 def test_a_tpm_reference_lacks_the_firmware_and_says_that_nothing_is_hidden() -> None:
-    found = measure_tpm(parse_uki(images.uki(258), what="x"), workload=("pcr23", b"\1" * 32))
-    assert set(found.registers) == {"pcr4", "pcr11", "pcr12", "pcr23"}
+    found = measure_tpm(parse_uki(images.uki(258), what="x"))
+    assert set(found.registers) == {"pcr4", "pcr11", "pcr12"}
     assert set(found.missing) == {"pcr0"}
     assert "hides nothing" in found.notes[0]
 
@@ -543,9 +544,16 @@ def test_what_is_missing_is_told_and_json_says_the_same(
         AppraisalPolicy.from_toml(found["policy"])
 
 
+def test_without_image_the_workload_of_this_installation_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attest", "measure", "--type", "tpm"]) == 0
+    policy = AppraisalPolicy.from_toml('[policy]\naccept = ["tpm"]\n' + capsys.readouterr().out)
+    assert dict(policy.reference_values[0].registers) == dict([workload_register()])
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--type", "nitro"], "give the IMAGE"),
         (["uki", "--type", "sev-snp"], "needs --firmware and --vcpus"),
         (["uki", "--type", "sev-snp", "--firmware", "firmware", "--vcpus", "0"], "from 1 to"),
         (["uki", "--type", "tdx", "--vcpus", "2"], "does not apply"),

@@ -44,18 +44,12 @@ def kernel_is_measured_again(uki: Uki) -> bool:
     return uki.stub_version is not None and uki.stub_version < CALLS_KERNEL_DIRECTLY
 
 
-def measure_tpm(uki: Uki, *, workload: tuple[str, bytes] | None, phases: tuple[str, ...] = BOOT_PHASES) -> Reference:
-    """Reference values of an image on a machine with a TPM.
-
-    Args: workload: the register and its value that the enclave process extends itself, see `attest.workload`.
-    """
-    registers = {"pcr4": pcr4(uki), "pcr11": pcr11(uki, phases), "pcr12": bytes(32)}
-    if workload is not None:
-        registers[workload[0]] = workload[1]
+def measure_tpm(uki: Uki, *, phases: tuple[str, ...] = BOOT_PHASES) -> Reference:
+    """Reference values of an image on a machine with a TPM. What the enclave process adds: see `attest.workload`."""
     firmware = f"the machine's own firmware decides it, and whatever runs before the image; {FROM_FIRST_BOOT}"
     return Reference(
         type="tpm",
-        registers=registers,
+        registers={"pcr4": pcr4(uki), "pcr11": pcr11(uki, phases), "pcr12": bytes(32)},
         missing={"pcr0": firmware},
         notes=(
             "a TPM measures and hides nothing: the machine's operator can read all data",
