@@ -22,7 +22,7 @@ def measure(
         Path | None,
         typer.Argument(
             metavar="[IMAGE]",
-            help="Unified kernel image (tpm, tdx, sev-snp), EIF (nitro) or .sig file (sgx); none: this installation (tpm).",
+            help="Unified kernel image (tpm, tdx, sev-snp), EIF (nitro), .sig (sgx); none: this installation (tpm).",
             show_default=False,
         ),
     ] = None,
