@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,36 +143,39 @@ _FAULTS: tuple[tuple[str, Stage, Callable[[re.Match[str], str], VerificationErro
 
 
 def _explain_chain(quote: Quote, collateral: QuoteCollateralV3, now: int) -> VerificationError:
-    """Why a chain did not verify, which the library does not say. Only for people: it is refused in any case."""
+    """Why a chain did not verify, which the library does not say. Only for people: it is refused in any case.
+
+    No name inside a certificate is read: a stranger wrote it, and the parser trips over some.
+    """
     try:
+        of_root, of_issuer = (x509.load_der_x509_crl(crl) for crl in (collateral.root_ca_crl, collateral.pck_crl))
+        pck, issuer = (x509.load_der_x509_certificate(der) for der in quote.chain[:2])
         pem = collateral.tcb_info_issuer_chain + collateral.qe_identity_issuer_chain
-        certificates = [x509.load_der_x509_certificate(der) for der in quote.chain]
-        certificates += x509.load_pem_x509_certificates(pem.encode())
-        crls = [x509.load_der_x509_crl(crl) for crl in (collateral.root_ca_crl, collateral.pck_crl)]
-        return _explain(certificates, crls, now)
-    except (ValueError, x509.InvalidVersion, Warning):  # warnings are errors where someone runs Python with -W error
+        signers = x509.load_pem_x509_certificates(pem.encode())
+        return _explain(
+            {"root": of_root, "platforms' issuer": of_issuer},
+            [("of the platform", pck, of_issuer), ("of the platform's issuer", issuer, of_root)]
+            + [("that signs TCB information", signer, of_root) for signer in signers],
+            now,
+        )
+    # Warnings are errors where Python runs with -W error: cryptography warns of serial numbers that are not positive.
+    except (ValueError, x509.InvalidVersion, Warning):
         return VerificationError("chain", "a certificate or revocation list is malformed")
 
 
 def _explain(
-    certificates: list[x509.Certificate], crls: list[x509.CertificateRevocationList], now: int
+    crls: Mapping[str, x509.CertificateRevocationList],
+    certificates: Sequence[tuple[str, x509.Certificate, x509.CertificateRevocationList]],
+    now: int,
 ) -> VerificationError:
-    for crl in crls:
+    """Args: certificates: what to call it, itself, where it would be revoked."""
+    for name, crl in crls.items():
         if crl.next_update_utc is None or crl.next_update_utc.timestamp() <= now:
-            return VerificationError("expired", f"the revocation list of {_name(crl.issuer)} has expired", hint=_FETCH)
-    for certificate in certificates:
+            return VerificationError("expired", f"the revocation list of the {name} has expired", hint=_FETCH)
+    for name, certificate, crl in certificates:
         if certificate.not_valid_after_utc.timestamp() < now or certificate.not_valid_before_utc.timestamp() > now:
-            name = _name(certificate.subject)
-            return VerificationError("expired", f"the certificate of {name} has expired or is not valid yet")
-        for crl in crls:
-            if crl.issuer == certificate.issuer and crl.get_revoked_certificate_by_serial_number(
-                certificate.serial_number
-            ):
-                hint = "its keys are not safe any more; no policy can accept this"
-                return VerificationError("revoked", f"Intel has revoked {_name(certificate.subject)}", hint=hint)
+            return VerificationError("expired", f"the certificate {name} has expired or is not valid yet", hint=_FETCH)
+        if crl.get_revoked_certificate_by_serial_number(certificate.serial_number):
+            hint = "its keys are not safe any more; no policy can accept this"
+            return VerificationError("revoked", f"the certificate {name} is revoked", hint=hint)
     return VerificationError("chain", "a certificate chain does not lead to the root that we trust")
-
-
-def _name(name: x509.Name) -> str:
-    """For a message: somebody else chose it."""
-    return "".join(c if c.isprintable() else "?" for c in name.rfc4514_string()[:100])
