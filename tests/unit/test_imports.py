@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "attest": {"errors", "crypto", "tpm"},
     "channel": {"errors", "crypto", "attest"},
     "agreement": {"errors", "progress", "jobfile", "crypto", "attest"},
+    "masking": {"errors"},
     "model": {"errors"},
     "data": {"errors", "job", "model"},
     "adapters": {"errors", "job", "model"},
