@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format format-check types schema clean distclean
+.PHONY: help setup demo test test-slow test-tpm lint format format-check types schema clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|' 2>/dev/null \
@@ -28,10 +28,20 @@ demo: setup ## run the main job on bundled data: one enclave and five parties on
 	$(BIN)/cloister demo --out demo-run
 
 test: setup ## run the tests, those that start several processes included
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not tpm'
 
 test-slow: setup ## run the slow tests: the wheel in an empty environment, large streams
 	$(BIN)/python -m pytest -m slow
+
+test-tpm: setup ## run the tests against a software TPM (swtpm)
+	@command -v swtpm >/dev/null && command -v swtpm_setup >/dev/null || { echo "make: these tests need a software TPM:" \
+	  "apt install swtpm swtpm-tools (Fedora: dnf install swtpm swtpm-tools)" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/tpm -m tpm
+
+TARGET ?=
+SECONDS ?= 600
+fuzz: setup ## fuzz all parsers, or one of them: make fuzz TARGET=receipt SECONDS=60
+	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(SECONDS)
 
 lint: setup ## look for mistakes
 	$(BIN)/ruff check

@@ -32,7 +32,6 @@ class Command(IntEnum):
     NV_INCREMENT = 0x134
     STARTUP = 0x144
     ACTIVATE_CREDENTIAL = 0x147
-    CERTIFY = 0x148
     NV_READ = 0x14E
     POLICY_SECRET = 0x151
     CREATE = 0x153
