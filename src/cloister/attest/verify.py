@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cloister.attest.appraisal import Appraisal, Verifier
-from cloister.attest.backends import azure_vtpm, dcap, nitro, sev_snp, simulated, tpm
+from cloister.attest.backends import azure_vtpm, dcap, nitro, nvidia_gpu, sev_snp, simulated, tpm
 from cloister.attest.binding import device_nonce, is_bound
 from cloister.attest.checks import Checks
 from cloister.attest.claims import Claims, Report
@@ -33,7 +33,7 @@ VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
 )
 """By type of evidence of a machine. A new backend is one entry here."""
 
-DEVICE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType({})
+DEVICE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType({nvidia_gpu.TYPE: nvidia_gpu.verify})
 """By type of evidence of an accelerator, which says nothing without its machine's."""
 
 MAX_CLOCK_SKEW_S = 60
@@ -133,6 +133,7 @@ def _appraise(
         devices: list[Report] = []
     else:
         devices = _verify_devices(evidence, report, policy, appraisal)
+        notes += dict.fromkeys(warning for device in devices for warning in device.warnings)
     # (4) Fresh, where it is dated.
     if report.issued_at is not None:
         with checks.step("age") as step:
@@ -192,7 +193,7 @@ def _verify_devices(evidence: Evidence, machine: Report, policy: AppraisalPolicy
         if len(evidence.devices) < promised:
             raise VerificationError("devices", f"{len(evidence.devices)} of {promised} GPUs attested")
         step.reason = f"{len(evidence.devices)} GPUs attested, {promised} are needed"
-    reports = [_verify_device(device, machine, appraisal) for device in evidence.devices]
+    reports = [_verify_device(device, machine, policy, appraisal) for device in evidence.devices]
     with appraisal.checks.step("devices differ") as step:
         if len({report.tcb["identity"] for report in reports}) != len(reports):
             raise VerificationError("devices", "one GPU attested more than once")
@@ -200,7 +201,7 @@ def _verify_devices(evidence: Evidence, machine: Report, policy: AppraisalPolicy
     return reports
 
 
-def _verify_device(device: Evidence, machine: Report, appraisal: Appraisal) -> Report:
+def _verify_device(device: Evidence, machine: Report, policy: AppraisalPolicy, appraisal: Appraisal) -> Report:
     if device.type not in DEVICE_VERIFIERS:
         raise VerificationError("devices", f"evidence of a device of type {device.type!r} is not accepted")
     report = DEVICE_VERIFIERS[device.type](device, appraisal)
@@ -209,6 +210,9 @@ def _verify_device(device: Evidence, machine: Report, appraisal: Appraisal) -> R
             hint = "its nonce must derive from the report data of the CPU's evidence"
             raise VerificationError("devices", "a GPU's evidence is not bound to its machine's", hint=hint)
         step.reason = "its nonce derives from the machine's report data"
+    if any(value.type == device.type for value in policy.reference_values):
+        with appraisal.checks.step(f"{device.type} measurement") as step:
+            step.reason = f"it is {_match_measurement(report, policy)}"
     return report
 
 

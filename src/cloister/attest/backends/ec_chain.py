@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
+from cloister.attest.backends.sev_snp_certs import load_certificate
 from cloister.errors import VerificationError
 
 MAX_CERTIFICATE_BYTES = 4096
@@ -39,7 +40,11 @@ def load(der: bytes) -> x509.Certificate:
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise VerificationError("evidence-format", f"a certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
     try:
-        return x509.load_der_x509_certificate(der)
+        # The one function that loads certificates without cryptography's warnings about serial numbers.
+        certificate, serial = load_certificate(der if der[:1] == b"\x30" else b"\x30")
+        if serial <= 0:
+            raise ValueError("its serial number is not positive")
+        return certificate
     except PARSE_ERRORS as exc:
         raise VerificationError("evidence-format", f"a certificate is malformed: {exc}") from exc
 
