@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import MappingProxyType
 
-from cloister.attest.backends import dcap_quote, simulated
+from cloister.attest.backends import azure_vtpm, dcap_quote, nitro_document, simulated, tpm
 from cloister.attest.backends.sev_snp_report import DEBUG_ALLOWED, parse_report
+from cloister.attest.backends.tpm_quote import Cursor, parse_public
 from cloister.attest.evidence import Evidence
 from cloister.errors import VerificationError
 
@@ -85,6 +87,45 @@ def _snp(evidence: Evidence) -> Said:
     )
 
 
+def _nitro(evidence: Evidence) -> Said:
+    document = nitro_document.parse(evidence.blob)
+    made = datetime.fromtimestamp(document.timestamp_ms / 1000, UTC)
+    debug = any(document.pcrs[index] == bytes(nitro_document.PCR_BYTES) for index in range(3))
+    return Said(
+        report_data=document.user_data,
+        registers={f"pcr{index}": value for index, value in document.pcrs.items()},
+        details={"module": document.module_id, "made": f"{made:%F %T} UTC", "debug": _on(debug)},
+    )
+
+
+def _tpm(evidence: Evidence) -> Said:
+    parts = tpm.unpack(evidence.blob)
+    return Said(
+        report_data=_extra_data(parts.attest),
+        registers={f"pcr{index}": value for index, value in parts.pcrs.items()},
+        details={"attestation key": parse_public(parts.public).name.hex()},
+    )
+
+
+def _azure_vtpm(evidence: Evidence) -> Said:
+    parts = azure_vtpm.parse(evidence)
+    names = ("measurement", "host_data", "id_key_digest", "author_key_digest", "family_id", "image_id")
+    registers = {f"pcr{index}": value for index, value in parts.pcrs.items()}
+    return Said(
+        report_data=_extra_data(parts.attest),
+        registers=registers | {f"snp_{name}": getattr(parts.snp, name) for name in names},
+        details={"chip": parts.snp.chip_id.hex(), "debug": _on(parts.snp.policy & DEBUG_ALLOWED)},
+    )
+
+
+def _extra_data(attest: bytes) -> bytes:
+    """Of a TPMS_ATTEST: behind its magic number, its type and the qualified signer (TPM 2.0 Library, Part 2)."""
+    cursor = Cursor(attest, "the quote")
+    cursor.take(6)
+    cursor.sized(68)
+    return cursor.sized(66)
+
+
 def _simulated(evidence: Evidence) -> Said:
     report = simulated.read(evidence)
     return Said(report_data=report.report_data, registers=report.registers, details={"note": simulated.WARNING})
@@ -100,5 +141,13 @@ def _on(value: int) -> str:
 
 
 _READERS: Mapping[str, Callable[[Evidence], Said]] = MappingProxyType(
-    {"tdx": _tdx, "sgx": _sgx, "sev-snp": _snp, "simulated": _simulated}
+    {
+        "tdx": _tdx,
+        "sgx": _sgx,
+        "sev-snp": _snp,
+        "nitro": _nitro,
+        "tpm": _tpm,
+        "azure-vtpm": _azure_vtpm,
+        "simulated": _simulated,
+    }
 )

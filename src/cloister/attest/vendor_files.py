@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from cloister.attest.backends import tpm
 from cloister.attest.backends.sev_snp_certs import pack_collateral
 from cloister.attest.backends.sev_snp_report import REPORT_BYTES
+from cloister.attest.backends.tpm_quote import rsassa_signature
 from cloister.attest.evidence import Evidence
+from cloister.crypto.encoding import encode
 from cloister.errors import VerificationError
 
 MAX_FILE_BYTES = 4 << 20
@@ -160,6 +163,8 @@ def _guid(data: bytes) -> str:
 
 _COSE_START = (b"\x84\x44\xa1\x01\x38\x22", b"\xd2\x84\x44\xa1\x01\x38\x22")
 """An untagged or tagged COSE_Sign1 whose protected header says ES384."""
+_COSE_END_BYTES = 2 + 96
+"""Head and content of an ES384 signature."""
 _NSM_START = b"\xa1\x6bAttestation\xa1\x68document"
 
 
@@ -169,9 +174,18 @@ def _read_nitro(files: Files) -> tuple[Evidence, ...]:
     if data.startswith(_NSM_START):
         data = _byte_string(data[len(_NSM_START) :])
     elif data[4:].startswith(_COSE_START):
-        lengths = {int.from_bytes(data[:4], "big"), int.from_bytes(data[:4], "little")}
-        data = next((data[4 : 4 + n] for n in lengths if 0 < n <= len(data) - 4), data[4:])
+        data = _first_document(data[4:])
+    if data.startswith(_COSE_START[1]):
+        data = data[1:]  # a tag says what the document is, and nobody signs it
     return (Evidence(type="nitro", blob=data, collateral=files.collateral, event_log=files.event_log),)
+
+
+def _first_document(data: bytes) -> bytes:
+    """Cut what a container has put behind a document: its payload's length, and the length of its signature, are
+    known.
+    """
+    start = data.index(_COSE_START[0]) + len(_COSE_START[0]) + 4
+    return data[: start + int.from_bytes(data[start - 2 : start], "big") + _COSE_END_BYTES]
 
 
 def _byte_string(data: bytes) -> bytes:
@@ -182,6 +196,64 @@ def _byte_string(data: bytes) -> bytes:
     if len(data) != 1 + size + length:
         raise ValueError("the driver's answer has a wrong length")
     return data[1 + size :]
+
+
+# TPMs -----------------------------------------------------------------------------------------------------------------
+
+_TPM_GENERATED = b"\xffTCG"
+_SIGNATURE_SCHEMES = (b"\x00\x14\x00\x0b", b"\x00\x16\x00\x0b", b"\x00\x18\x00\x0b")
+"""TPMT_SIGNATURE begins with RSASSA, RSAPSS or ECDSA, over SHA-256."""
+
+
+def _read_tpm(files: Files) -> tuple[Evidence, ...]:
+    """JSON with the quote, its signature, the key's public area and the PCRs; or the blob of our envelope."""
+    content = _json(files.evidence)
+    blob = plain(files.evidence)
+    if isinstance(content, dict):
+        inner = content.get("tpm_quote", content)
+        blob = tpm.pack(
+            attest=_unsized(_bytes(_one_of(inner, "attest", "message", "quote"))),
+            signature=_tpm_signature(_bytes(inner["signature"])),
+            public=_unsized(_bytes(_one_of(content, "public", "ak_public", "ak_pub"))),
+            pcrs=_pcrs(inner["pcrs"]),
+        )
+    return (Evidence(type="tpm", blob=blob, collateral=files.collateral, event_log=files.event_log),)
+
+
+def _tpm_signature(data: bytes) -> bytes:
+    return data if data.startswith(_SIGNATURE_SCHEMES) else rsassa_signature(data)
+
+
+def _unsized(data: bytes) -> bytes:
+    """Without the length in front that a TPM2B structure has."""
+    return data[2:] if len(data) > 2 and int.from_bytes(data[:2], "big") == len(data) - 2 else data
+
+
+def _pcrs(value: Any) -> dict[int, bytes]:  # Any: JSON
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {int(number): _bytes(pcr) for number, pcr in items}
+
+
+def _read_azure(files: Files) -> tuple[Evidence, ...]:
+    """JSON of version 2 as it is; that of older collectors, which say the same, is written as version 2."""
+    blob, content = files.evidence, _json(files.evidence)
+    if isinstance(content, dict) and (content.get("version") != 2 or files.endorsement):
+        quote = _one_of(content, "tpm_quote", "quote")
+        vcek = files.endorsement or _bytes(content["vcek"] if "vcek" in content else content["certs"]["vcek"])
+        pcrs = _pcrs(quote["pcrs"])
+        written = {
+            "version": 2,
+            "tpm_quote": {
+                "signature": _bytes(quote["signature"]).hex(),
+                "message": _bytes(quote["message"]).hex(),
+                "pcrs": [pcrs[number].hex() for number in sorted(pcrs)],
+            },
+            "hcl_report": _base64url(_bytes(_one_of(content, "hcl_report", "report"))),
+            "vcek": _base64url(_certificate(vcek)),
+        }
+        blob = json.dumps(written).encode()
+    crl = encode({"crl": _der(files.collateral, "X509 CRL")}) if files.collateral else b""
+    return (Evidence(type="azure-vtpm", blob=blob, collateral=crl, event_log=files.event_log),)
 
 
 # Forms ----------------------------------------------------------------------------------------------------------------
@@ -212,6 +284,23 @@ def _json_bytes(value: object) -> bytes:
     return value.encode() if isinstance(value, str) else json.dumps(value).encode()
 
 
+def _one_of(table: Any, *names: str) -> Any:  # Any: JSON
+    return table[next((name for name in names if name in table), names[0])]
+
+
+def _bytes(value: object) -> bytes:
+    """Bytes as JSON has them: a list of numbers, hexadecimal, base64 of either alphabet, or PEM as it is."""
+    if isinstance(value, list):
+        return bytes(value)
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} stands where bytes should")
+    return plain(value.encode())
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
 def _bounded(evidence: Evidence, **changes: Any) -> Evidence:
     try:
         return replace(evidence, **changes)
@@ -229,6 +318,8 @@ READERS: Mapping[str, Callable[[Files], tuple[Evidence, ...]]] = MappingProxyTyp
         "sgx": lambda files: _read_quote("sgx", files),
         "sev-snp": _read_snp,
         "nitro": _read_nitro,
+        "tpm": _read_tpm,
+        "azure-vtpm": _read_azure,
     }
 )
 """By type of evidence."""

@@ -63,7 +63,7 @@ _DATA_BYTES, _DATA_VERSION, _SNP, _SHA256 = 20, 1, 2, 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
+class Parts:
     """What the evidence consists of, unverified."""
 
     snp: SnpReport
@@ -80,7 +80,7 @@ def verify(evidence: Evidence, appraisal: Appraisal) -> Report:
     Raises: VerificationError with a code of `sev_snp.verify`, or "runtime-claims", "tpm-key", "tpm-quote", "pcr".
     """
     with appraisal.checks.step("evidence format") as step:
-        parts = _parse(evidence)
+        parts = parse(evidence)
         step.reason = "quote, paravisor's report and certificate, nothing else"
     # Only the paravisor has VMPL 0: a report that anybody else asked for says nothing about its TPM.
     snp = sev_snp.verify_report(parts.snp, parts.endorsement, appraisal, any_level=False)
@@ -138,7 +138,8 @@ def _report(snp: Report, quote: Quote, claims: dict[str, Any]) -> Report:
 # Parsing --------------------------------------------------------------------------------------------------------------
 
 
-def _parse(evidence: Evidence) -> _Parts:
+def parse(evidence: Evidence) -> Parts:
+    """Take the evidence apart. Raises: VerificationError "evidence-format", "collateral" or "product"."""
     if evidence.event_log:
         raise VerificationError("evidence-format", "azure-vtpm evidence has no event log here")
     if len(evidence.blob) > MAX_BLOB_BYTES:
@@ -149,7 +150,7 @@ def _parse(evidence: Evidence) -> _Parts:
     quote = _table(outer["tpm_quote"], ("signature", "message", "pcrs"))
     snp, claims = _parse_hcl(_from_base64url(outer["hcl_report"], _MAX_HCL_BYTES, "hcl_report"))
     vcek = _from_base64url(outer["vcek"], MAX_CERTIFICATE_BYTES, "vcek")
-    return _Parts(
+    return Parts(
         snp=parse_report(snp),
         endorsement=parse_endorsement(vcek, _parse_crl(evidence.collateral)),
         claims=claims,
