@@ -1,6 +1,7 @@
 """Attacks on SEV-SNP evidence, against the verifier that sessions use: genuine reports of AMD, and a test CA's.
 
-The numbers are those of the attack list in docs/threat-model.md.
+Numbers in names are the kinds of attack: 1 measurement, 2 debug, 3 binding, 4 firmware, 5 time, 6 revocation, 7 roots,
+8 confusion, 9 malformed, 11 what a good signature does not say, 15 policy.
 """
 
 from __future__ import annotations

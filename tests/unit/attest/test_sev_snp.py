@@ -358,6 +358,34 @@ def test_any_byte_of_the_revocation_list_may_be_wrong(milan: SnpCa) -> None:
         assert caught.value.code == "collateral", (at, caught.value)
 
 
+def _sequence(content: bytes) -> bytes:
+    """DER SEQUENCE of 128 to 65535 bytes."""
+    size = len(content)
+    return (b"\x30\x81" + bytes([size]) if size < 256 else b"\x30\x82" + size.to_bytes(2, "big")) + content
+
+
+def test_a_revocation_list_that_says_two_things_about_its_signature(milan: SnpCa) -> None:
+    """The second one is behind the signed part, where anybody can change it."""
+    crl = milan.crl()
+    sha384, sha512 = bytes.fromhex("608648016503040202"), bytes.fromhex("608648016503040203")
+    signed = len(x509.load_der_x509_crl(crl).tbs_certlist_bytes) + 4
+    changed = crl[:signed] + crl[signed:].replace(sha384, sha512)
+    assert changed != crl
+    refused("collateral", milan.evidence(crl=changed), milan.roots)
+
+
+def test_a_revocation_list_without_an_end(milan: SnpCa) -> None:
+    """It would hold for ever: who has an old one could use it for ever."""
+    crl = milan.crl()
+    tbs = x509.load_der_x509_crl(crl).tbs_certlist_bytes
+    assert tbs[-15:-13] == b"\x17\x0d"  # nextUpdate, a UTCTime, is last
+    content = tbs[2 + (tbs[1] & 0x7F) : -15]  # without tag and length, of which there are more than one byte
+    endless = _sequence(_sequence(content) + crl[crl.index(tbs) + len(tbs) :])
+    assert x509.load_der_x509_crl(endless).next_update_utc is None
+    evidence = milan.evidence(crl=endless)
+    refused("collateral", evidence, milan.roots)
+
+
 def test_a_product_without_a_pinned_root_is_refused(milan: SnpCa) -> None:
     refused("chain", milan.evidence(), dataclasses.replace(milan.roots, amd={}))
 

@@ -156,12 +156,10 @@ def _rsa_key(cursor: Cursor) -> rsa.RSAPublicKey:
 def rsa_public_key(modulus: bytes, exponent: int) -> rsa.RSAPublicKey:
     """Make an RSA key of 2048 to 4096 bits from a big-endian modulus. Raises: VerificationError "tpm-key"."""
     number = int.from_bytes(modulus, "big")
-    if exponent != _DEFAULT_EXPONENT or not _MIN_RSA_BITS <= number.bit_length() <= _MAX_RSA_BITS:
-        raise VerificationError("tpm-key", "the attestation key is an RSA key of an unusual exponent or length")
-    try:
-        return rsa.RSAPublicNumbers(exponent, number).public_key()
-    except ValueError as exc:
-        raise VerificationError("tpm-key", "the attestation key's modulus is no RSA modulus") from exc
+    is_usual = exponent == _DEFAULT_EXPONENT and _MIN_RSA_BITS <= number.bit_length() <= _MAX_RSA_BITS
+    if not is_usual or number % 2 == 0:
+        raise VerificationError("tpm-key", "the attestation key is an RSA key of unusual length, exponent or modulus")
+    return rsa.RSAPublicNumbers(exponent, number).public_key()
 
 
 def _ecc_key(cursor: Cursor) -> ec.EllipticCurvePublicKey:
