@@ -91,7 +91,14 @@ def _ours(kind: str) -> list[Evidence]:
 
 
 def _genuine(kind: str) -> list[Evidence]:
-    if not EVIDENCE.is_dir() or kind not in READERS:
+    if not EVIDENCE.is_dir():
+        return []
+    if kind == "nvidia-gpu":  # a file may hold several GPUs; the verifier takes one
+        return [
+            Evidence(type=kind, blob=json.dumps(gpu).encode())
+            for gpu in json.loads(sample(_SAMPLES[kind][0]["evidence"]))
+        ]
+    if kind not in READERS:
         return []
     return [evidence for names in _SAMPLES.get(kind, []) for evidence in read_vendor(kind, _files(names))]
 
