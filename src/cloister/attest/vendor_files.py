@@ -75,7 +75,7 @@ def read_vendor(kind: str, files: Files) -> tuple[Evidence, ...]:
 
 def plain(data: bytes) -> bytes:
     """The bytes that a file means: decoded if it is hexadecimal or base64 text, else as they are."""
-    if not _TEXT.fullmatch(data):
+    if not _TEXT.fullmatch(data) or data.lstrip().startswith(b"-----BEGIN "):
         return data
     packed = b"".join(data.split())
     if _HEX.fullmatch(packed):
