@@ -17,8 +17,10 @@ STUB=${STUB:-/usr/lib/systemd/boot/efi/linuxx64.efi.stub}
 root=$1 kernel=$2 initrd=$3 out=$4
 mkdir "$out"
 
-# 1. One file for the tree: sorted, one time stamp, one owner per file as it is, no extended attributes, one thread.
-mksquashfs "$root" "$out/root.squashfs" -quiet -no-progress -noappend -no-exports -no-xattrs -processors 1 -comp zstd >/dev/null
+# 1. One file for the tree: sorted, one time stamp for all (SOURCE_DATE_EPOCH alone would only cap them), no extended
+#    attributes, one thread.
+env -u SOURCE_DATE_EPOCH mksquashfs "$root" "$out/root.squashfs" -quiet -no-progress -noappend -no-exports -no-xattrs \
+    -processors 1 -comp zstd -mkfs-time "$SOURCE_DATE_EPOCH" -all-time "$SOURCE_DATE_EPOCH" >/dev/null
 
 # 2. The tree of hashes over it. Whoever changes a block changes the root hash.
 veritysetup format --hash=sha256 --data-block-size=4096 --hash-block-size=4096 --salt="$VERITY_SALT" --uuid="$VERITY_UUID" \
