@@ -37,7 +37,7 @@ class Sealer:
         self._aead = AESGCM(key)
         self._counter = 0
         self._max_records = max_records
-        self._buffer = bytearray(MAX_RECORD_BYTES)
+        self._buffer = bytearray()  # grows with the longest record so far: most sessions never send a full one
         self.closed = False
 
     def seal(self, message: bytes | bytearray | memoryview) -> Iterator[bytes]:
@@ -64,6 +64,8 @@ class Sealer:
             self.closed = True
             raise CapacityError("the session has used up its nonces", hint="connect again")
         end = 1 + len(plain) + TAG_BYTES
+        if end > len(self._buffer):
+            self._buffer = bytearray(end)
         self._buffer[0] = kind
         sealed = memoryview(self._buffer)[1:end]
         self._aead.encrypt_into(_nonce(self._counter), plain, bytes([kind]), sealed)
@@ -78,7 +80,7 @@ class Opener:
         self._aead = AESGCM(key)
         self._counter = 0
         self._max_message_bytes = max_message_bytes
-        self._buffer = bytearray(MAX_RECORD_PLAINTEXT)
+        self._buffer = bytearray()  # grows with the longest record so far
         self._message = bytearray()
         self._dead = False
         self.closed = False
@@ -129,7 +131,10 @@ class Opener:
         return message
 
     def _open(self, record: bytes) -> memoryview:
-        plain = memoryview(self._buffer)[: len(record) - 1 - TAG_BYTES]
+        length = len(record) - 1 - TAG_BYTES
+        if length > len(self._buffer):
+            self._buffer = bytearray(length)
+        plain = memoryview(self._buffer)[:length]
         try:
             self._aead.decrypt_into(_nonce(self._counter), memoryview(record)[1:], record[:1], plain)
         except InvalidTag as exc:
