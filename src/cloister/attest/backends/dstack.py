@@ -79,11 +79,11 @@ def _client(socket: str) -> Any:  # Any: the SDK is an optional package
 
 def _ask(connect: Callable[[str], Any], socket: str, report_data: bytes) -> tuple[bytes, bytes]:
     """Quote and event log (JSON)."""
-    client = connect(socket)
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, *_transport_errors())
     try:
-        answer = client.get_quote(report_data)
+        answer = connect(socket).get_quote(report_data)
         return bytes.fromhex(answer.quote), str(answer.event_log).encode()
-    except (OSError, ValueError, *_transport_errors()) as exc:
+    except faults as exc:
         raise RunError(f"dstack's guest agent gave no quote: {exc}", where=socket) from exc
 
 
