@@ -118,6 +118,7 @@ def find_attester(
     root: Path = Path("/"),
     tpm: str | None = None,
     collateral: Path | None = None,
+    gpus: bool = False,
 ) -> Found:
     """Find what attests this machine.
 
@@ -126,10 +127,16 @@ def find_attester(
         root: where to look for devices (tests).
         tpm: which TPM, for kind "tpm": a device, or "swtpm:PATH" for the socket of a software TPM.
         collateral: a file of endorsements to add to evidence that has none.
+        gpus: whether this machine's GPUs attest with it.
     Raises: UsageError that says what was looked for or which permission is missing.
     """
     found = _find(kind, allow_simulated, clock, root, tpm)
-    return found if collateral is None else replace(found, attester=WithCollateral(found.attester, collateral))
+    if collateral is not None:
+        found = replace(found, attester=WithCollateral(found.attester, collateral))
+    if gpus:
+        with_gpus = import_module("cloister.attest.backends.nvml").WithGpus(found.attester)
+        found = replace(found, attester=with_gpus, how=f"{found.how}, with its GPUs")
+    return found
 
 
 def _find(kind: AttesterKind, allow_simulated: bool, clock: Callable[[], float], root: Path, tpm: str | None) -> Found:

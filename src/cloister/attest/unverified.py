@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-from cloister.attest.backends import azure_vtpm, dcap_quote, nitro_document, simulated, tpm
+from cloister.attest.backends import azure_vtpm, dcap_quote, nitro_document, nvidia_report, simulated, tpm
 from cloister.attest.backends.sev_snp_report import DEBUG_ALLOWED, parse_report
 from cloister.attest.backends.tpm_quote import Cursor, parse_public
 from cloister.attest.evidence import Evidence
@@ -118,6 +118,15 @@ def _azure_vtpm(evidence: Evidence) -> Said:
     )
 
 
+def _gpu(evidence: Evidence) -> Said:
+    report = nvidia_report.parse(evidence.blob)
+    return Said(
+        report_data=report.nonce,
+        registers={f"measurement_{index}": value for index, value in sorted(report.measurements.items())},
+        details={"driver": report.driver, "VBIOS": report.vbios, "mode": report.mode, **report.stated},
+    )
+
+
 def _extra_data(attest: bytes) -> bytes:
     """Of a TPMS_ATTEST: behind its magic number, its type and the qualified signer (TPM 2.0 Library, Part 2)."""
     cursor = Cursor(attest, "the quote")
@@ -148,6 +157,7 @@ _READERS: Mapping[str, Callable[[Evidence], Said]] = MappingProxyType(
         "nitro": _nitro,
         "tpm": _tpm,
         "azure-vtpm": _azure_vtpm,
+        "nvidia-gpu": _gpu,
         "simulated": _simulated,
     }
 )

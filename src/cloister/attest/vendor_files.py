@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from cryptography import x509
+
 from cloister.attest.backends import tpm
 from cloister.attest.backends.sev_snp_certs import pack_collateral
 from cloister.attest.backends.sev_snp_report import REPORT_BYTES
 from cloister.attest.backends.tpm_quote import rsassa_signature
-from cloister.attest.evidence import Evidence
+from cloister.attest.evidence import MAX_DEVICES, Evidence
 from cloister.crypto.encoding import encode
 from cloister.errors import VerificationError
 
@@ -256,6 +258,45 @@ def _read_azure(files: Files) -> tuple[Evidence, ...]:
     return (Evidence(type="azure-vtpm", blob=blob, collateral=crl, event_log=files.event_log),)
 
 
+# NVIDIA ---------------------------------------------------------------------------------------------------------------
+
+_LISTS = ("evidence_list", "device_evidence_list", "evidences")
+_ARCHITECTURES = {"GH": "HOPPER", "GB": "BLACKWELL"}
+
+
+def _read_gpus(files: Files) -> tuple[Evidence, ...]:
+    """NVIDIA's JSON, of one GPU or of several; or a bare report with its certificates (PEM) as the endorsement."""
+    content = _json(files.evidence)
+    if files.endorsement:
+        blobs = [_gpu_json(plain(files.evidence), files.endorsement)]
+    elif isinstance(content, dict) and any(name in content for name in _LISTS):
+        shared = {name: content[name] for name in ("arch", "nonce") if name in content}
+        blobs = [json.dumps(shared | entry).encode() for entry in _one_of(content, *_LISTS)]
+    elif isinstance(content, list) and len(content) > 1:
+        blobs = [json.dumps(entry).encode() for entry in content]
+    else:
+        blobs = [files.evidence]
+    if not 0 < len(blobs) <= MAX_DEVICES:
+        raise ValueError(f"evidence of {len(blobs)} GPUs")
+    return tuple(
+        Evidence(type="nvidia-gpu", blob=blob, collateral=files.collateral, event_log=files.event_log) for blob in blobs
+    )
+
+
+def _gpu_json(report: bytes, pem: bytes) -> bytes:
+    """NVIDIA's JSON from its parts; the verifier compares all of it with what is signed."""
+    leaf = x509.load_pem_x509_certificates(pem)[0]
+    names = leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    chip = str(names[0].value)[:2] if names else ""
+    content = {
+        "arch": _ARCHITECTURES.get(chip, "unknown"),
+        "certificate": base64.b64encode(pem).decode(),
+        "evidence": base64.b64encode(report).decode(),
+        "nonce": report[4:36].hex(),
+    }
+    return json.dumps(content).encode()
+
+
 # Forms ----------------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +361,7 @@ READERS: Mapping[str, Callable[[Files], tuple[Evidence, ...]]] = MappingProxyTyp
         "nitro": _read_nitro,
         "tpm": _read_tpm,
         "azure-vtpm": _read_azure,
+        "nvidia-gpu": _read_gpus,
     }
 )
 """By type of evidence."""

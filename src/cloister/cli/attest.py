@@ -120,6 +120,7 @@ def collect(
         str | None, typer.Option("--tpm", metavar="DEVICE", help="Which TPM: a device, or swtpm:PATH of a socket.")
     ] = None,
     collateral: CollateralFile = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Add the evidence of this machine's NVIDIA GPUs.")] = False,
     insecure_simulated: InsecureSimulated = False,
     as_json: AsJson = False,
 ) -> None:
@@ -139,6 +140,7 @@ def collect(
         allow_simulated=insecure_simulated,
         tpm=tpm,
         collateral=collateral,
+        gpus=gpus,
     )
     emit(report, as_json)
 

@@ -67,7 +67,7 @@ def verify_evidence(paths: Paths, *, policy: Path, at: float, report_data: bytes
             found = _parse(paths.kind, files)
             kind = found[0].type
             step.reason = f"evidence of type {kind}, {sum(len(e.blob) for e in found)} bytes"
-        claims = _merge([inspect(e, appraisal, report_data, at, checks=checks) for e in found])
+        claims = _merge([inspect(e, appraisal, report_data, at, checks=checks) for e in found], checks)
     except VerificationError as exc:
         code = exc.code
     return AttestVerifyReport(
@@ -109,6 +109,7 @@ def collect_evidence(
     allow_simulated: bool,
     tpm: str | None = None,
     collateral: Path | None = None,
+    gpus: bool = False,
     root: Path = Path("/"),
 ) -> AttestCollectReport:
     """Write evidence of this machine to a new file, in our envelope.
@@ -124,7 +125,9 @@ def collect_evidence(
     )
     if len(bound) != REPORT_DATA_BYTES:
         raise UsageError(f"report data has at most {REPORT_DATA_BYTES} bytes", where="--report-data")
-    found = find_attester(attester, allow_simulated=allow_simulated, root=root, tpm=tpm, collateral=collateral)
+    found = find_attester(
+        attester, allow_simulated=allow_simulated, root=root, tpm=tpm, collateral=collateral, gpus=gpus
+    )
     encoded = found.attester.collect(bound).to_bytes()
     write_new(out, encoded)
     return AttestCollectReport(
@@ -223,9 +226,19 @@ def _read(path: Path | None) -> bytes:
         raise UsageError(f"cannot read the file: {exc.strerror}", where=str(path)) from exc
 
 
-def _merge(claims: Sequence[Claims]) -> Claims:
-    """The claims of several accelerators in one file: the first one's, with all devices' identities."""
-    return claims[0]
+def _merge(claims: Sequence[Claims], checks: Checks) -> Claims:
+    """The claims of several accelerators in one file: the first one's, with the facts of every device.
+
+    Raises: VerificationError("devices"): one is there twice.
+    """
+    first = claims[0]
+    if len(claims) == 1:
+        return first
+    with checks.step("devices differ") as step:
+        if len({c.tcb["identity"] for c in claims}) != len(claims):
+            raise VerificationError("devices", "one GPU attested more than once")
+        step.reason = f"{len(claims)} different ones"
+    return replace(first, devices=tuple({"type": c.type, **c.tcb} for c in claims))
 
 
 def _diff(value: ReferenceValue, kind: str, found: Mapping[str, bytes]) -> MeasurementDiff:

@@ -134,6 +134,13 @@ def test_collateral_is_added_and_read_anew(tmp_path: Path) -> None:
         attester.collect(bytes(64))
 
 
+def test_gpus_attest_with_their_machine(machine: type[FakeAttester], tmp_path: Path) -> None:
+    machine.present = frozenset({"tsm"})
+    found = find_attester("auto", root=tmp_path, gpus=True)
+    assert type(found.attester).__name__ == "WithGpus"
+    assert (found.attester.type, found.how.endswith(", with its GPUs")) == ("sev-snp", True)
+
+
 def test_collateral_of_the_attester_itself_is_kept(machine: type[FakeAttester], tmp_path: Path) -> None:
     class Complete(InsecureSimulatedAttester):
         def collect(self, report_data: bytes) -> Evidence:

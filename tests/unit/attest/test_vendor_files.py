@@ -254,6 +254,28 @@ def test_what_is_no_azure_evidence_reaches_the_verifier_as_it_is() -> None:
     assert code("azure-vtpm", b"{}") == "evidence-format"
 
 
+# NVIDIA ---------------------------------------------------------------------------------------------------------------
+
+
+@needs_evidence
+def test_forms_of_gpu_evidence() -> None:
+    data = sample("nvidia/hopper_gpu_evidence.json")
+    (entry,) = json.loads(data)
+    assert one("nvidia-gpu", data).blob == data
+    both = read_vendor("nvidia-gpu", Files(evidence=json.dumps([entry, {**entry, "nonce": "00"}]).encode()))
+    assert [json.loads(found.blob)["nonce"] for found in both] == [entry["nonce"], "00"]
+    part = {name: entry[name] for name in ("evidence", "certificate")}
+    outer = {"nonce": entry["nonce"], "arch": entry["arch"], "evidence_list": [part]}
+    needed = {name: entry[name] for name in ("arch", "certificate", "evidence", "nonce")}
+    assert json.loads(one("nvidia-gpu", json.dumps(outer).encode()).blob) == needed
+    report, pem = base64.b64decode(entry["evidence"]), base64.b64decode(entry["certificate"])
+    for form in TEXTS:
+        assert json.loads(one("nvidia-gpu", form(report), endorsement=pem).blob) == needed
+    assert code("nvidia-gpu", json.dumps([entry] * 17).encode()) == "evidence-format"
+    assert code("nvidia-gpu", json.dumps({**outer, "evidence_list": []}).encode()) == "evidence-format"
+    assert code("nvidia-gpu", report, endorsement=b"no certificate") == "evidence-format"
+
+
 # All ------------------------------------------------------------------------------------------------------------------
 
 

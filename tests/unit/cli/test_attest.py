@@ -25,7 +25,7 @@ label = "tests"
 type = "simulated"
 registers = {{ source = "{MEASUREMENT.hex()}" }}
 """
-ANY = '[policy]\naccept = ["tdx", "sgx", "sev-snp", "nitro", "azure-vtpm"]\nmeasurements = "any"\n'
+ANY = '[policy]\naccept = ["tdx", "sgx", "sev-snp", "nitro", "azure-vtpm", "nvidia-gpu"]\nmeasurements = "any"\n'
 
 Cloister = Callable[..., tuple[int, str, str]]
 
@@ -173,6 +173,7 @@ def test_the_policy_beside_the_evidence_is_nobodys(cloister: Cloister, tmp_path:
         ("sev-snp", "snp/aws_vlek_report.bin", ("--endorsement", EVIDENCE / "snp/aws_vlek.der"), 1_750_000_000),
         ("azure-vtpm", "azure/az_snp_vtpm.json", (), 1_765_000_000),
         ("nitro", "nitro/nitro_prod_2025.cbor", (), 1_766_678_700),
+        ("nvidia-gpu", "nvidia/hopper_gpu_evidence.json", (), 1_765_000_000),
     ],
 )  # fmt: skip
 def test_vendors_own_files(cloister: Cloister, kind: str, name: str, more: tuple[object, ...], at: int) -> None:
