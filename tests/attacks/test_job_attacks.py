@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from cloister.adapters.files import CONFIG, WEIGHTS
-from cloister.agreement import APPROVAL_LABEL, KEYS_LABEL, MANIFEST_LABEL, Manifest, keys_message, wrap_info
+from cloister.agreement import APPROVAL_LABEL, KEYS_LABEL, MANIFEST_LABEL, Manifest, keys_message
 from cloister.agreement.receipt import COUNTERSIGN_LABEL, Receipt, body_bytes, countersign_message, verify_receipt
 from cloister.attest.policy import AppraisalPolicy
-from cloister.crypto.hpke import HpkeKey, wrap
+from cloister.crypto.hpke import HpkeKey
 from cloister.crypto.keys import PartyKey
 from cloister.enclave.core import EnclaveCore
 from cloister.errors import CloisterError, ProtocolError, VerificationError
 from cloister.party.client import Results
-from tests.unit.enclave.stage import ADAPTER, NOW, POLICY, Stage, Wire, attester, claims_of
+from tests.unit.enclave.stage import ADAPTER, NOW, POLICY, Stage, Wire, attester, claims_of, key_release
 
 
 @pytest.fixture
@@ -61,8 +61,18 @@ def test_a_whole_job_to_a_receipt_that_all_have_countersigned(stage: Stage) -> N
     assert isinstance(ended["south"], Results)
     assert ended["north"].adapter == ADAPTER
     assert ended["south"].adapter == {}
-    order = [method for method in wires["north"].methods() if method not in ("watch", "manifest", "receipt")]
-    assert order == ["instance", "approve", "keys", "result", *["adapter"] * len(ADAPTER), "countersign"]
+    polled = ("watch", "manifest", "share", "receipt")
+    order = [method for method in wires["north"].methods() if method not in polled]
+    assert order == [
+        "instance",
+        "approve",
+        "start",
+        "keys",
+        "kept",
+        "result",
+        *["adapter"] * len(ADAPTER),
+        "countersign",
+    ]
     for name, (bundle, key) in core.sources("train").items():
         assert bundle.commitment == stage.sealed[name].bundles["train"].commitment
         assert key.reveal() == stage.sealed[name].data_keys["train"].reveal()
@@ -169,41 +179,14 @@ def ready(stage: Stage) -> EnclaveCore:
     return core
 
 
-def key_release(
-    stage: Stage,
-    core: EnclaveCore,
-    party: str = "north",
-    *,
-    digest: bytes | None = None,
-    instance_id: bytes | None = None,
-    hpke_key: bytes | None = None,
-    named: str = "",
-    signer: PartyKey | None = None,
-) -> dict[str, Any]:
-    """The body of a "keys" request, with anything in it replaced."""
-    assert core.manifest is not None
-    digest, instance_id = digest or core.manifest.sha256, instance_id or core.instance_id
-    signer = signer or stage.keys[party]
-    wrapped = {
-        kind: wrap(
-            hpke_key or core.hpke_key.public,
-            key.reveal(),
-            wrap_info(manifest_sha256=digest, instance_id=instance_id, party=named or party, kind=kind),
-        )
-        for kind, key in stage.sealed[party].data_keys.items()
-    }
-    message = keys_message(manifest_sha256=digest, instance_id=instance_id, wrapped=wrapped)
-    return {
-        "manifest_signature": signer.sign(MANIFEST_LABEL, digest),
-        "wrapped": wrapped,
-        "signature": signer.sign(KEYS_LABEL, message),
-    }
-
-
 def test_the_harness_itself_makes_keys_that_are_taken(stage: Stage) -> None:
     core = ready(stage)
     for name in stage.names:
         assert core.handle(name, "keys", key_release(stage, core, name)) == {}
+    for name in stage.names:
+        with pytest.raises(ProtocolError, match="share of the sealing key"):
+            core.wait_for_keys(0.0, lambda missing: None)
+        stage.keep_share(core, name)
     core.wait_for_keys(0.0, lambda missing: None)
     assert core.phase == "training"
 
@@ -300,7 +283,9 @@ def test_a_new_instance_gets_keys_for_the_same_manifest(stage: Stage) -> None:
     client = stage.client("north")
     instance = client.verify_instance(wire)
     manifest = client._await_manifest(wire, instance, stage.sealed["north"], lambda names: None)
-    client._release_keys(wire, instance, stage.sealed["north"], manifest)
+    consent = client.follower(instance, manifest.sha256).consent(wire)
+    assert consent is not None
+    client._release_keys(wire, instance, stage.sealed["north"], manifest, consent)
     second = stage.enclave()  # the enclave died; its disk has the bundles
     results = stage.perform(second)["north"]
     assert isinstance(results, Results)
@@ -346,8 +331,9 @@ def test_a_bundle_cannot_be_exchanged_after_it_has_arrived(stage: Stage) -> None
 def finished(stage: Stage) -> EnclaveCore:
     core = ready(stage)
     for name in stage.names:
-        core.handle(name, "keys", key_release(stage, core, name))
+        stage.release(core, name)
     core.wait_for_keys(0.0, lambda missing: None)
+    core.restore()
     core.finish(stage.outcome(core))
     return core
 
@@ -402,7 +388,11 @@ def test_every_party_is_told_of_a_failure(stage: Stage) -> None:
     core = ready(stage)
     core.fail(ProtocolError("its header declares {}", where="train bundle of south"))
     for name in stage.names:
-        for method, body in (("manifest", {"wait_ms": 0}), ("watch", {"after": 0, "wait_ms": 0}), ("result", {})):
+        for method, body in (
+            ("manifest", {"wait_ms": 0}),
+            ("watch", {"after": 0, "committed": 0, "wait_ms": 0}),
+            ("result", {}),
+        ):
             with pytest.raises(ProtocolError) as error:
                 core.handle(name, method, body)
             assert error.value.where == "train bundle of south"

@@ -19,6 +19,7 @@ from cloister.attest.policy import AppraisalPolicy
 from cloister.crypto.keys import PartyKey
 from cloister.errors import ProtocolError
 from cloister.party.client import Results
+from tests.unit.agreement.histories import uninterrupted
 from tests.unit.enclave.stage import ADAPTER, NOW, POLICY, Stage, attester, canonical_job
 
 ADAPTER_SHA256 = adapter_sha256(ADAPTER)
@@ -55,7 +56,7 @@ def test_an_honest_receipt(honest: tuple[Stage, Receipt]) -> None:
     stage, receipt = honest
     verdict = verify_receipt(receipt.to_bytes(), policy=POLICY, adapter_sha256=ADAPTER_SHA256, allow_simulated=True)
     assert verdict.passed
-    assert [check.n for check in verdict.checks] == list(range(1, 10))
+    assert [check.n for check in verdict.checks] == list(range(1, 12))
     assert verdict.signers == sorted(stage.names)
     assert verdict.claims is not None
     assert not verdict.claims.hardware
@@ -193,6 +194,7 @@ def test_a_job_with_the_forgers_keys(honest: tuple[Stage, Receipt]) -> None:
         approval = approval_message(body["job_id"])
         body["approvals"] = {n: key.sign(APPROVAL_LABEL, approval).hex() for n, key in keys.items()}
         body["manifest_signatures"] = {n: key.sign(MANIFEST_LABEL, own.sha256).hex() for n, key in keys.items()}
+        body["history"] = uninterrupted(own, receipt.instance.id, keys)
 
     forged = forge(stage, receipt, replaced)
     assert failed(forged) == ["countersignatures"]
@@ -247,7 +249,12 @@ def test_evidence_of_another_instance(honest: tuple[Stage, Receipt], tmp_path: P
         "evidence",
         "countersignatures",
     ]
-    assert failed(replace(receipt, instance=other.instance)) == ["instance", "evidence", "countersignatures"]
+    assert failed(replace(receipt, instance=other.instance)) == [
+        "instance",
+        "evidence",
+        "checkpoints",
+        "countersignatures",
+    ]
     assert failed(replace(receipt, signature=other.signature)) == ["instance"]
 
 
@@ -255,7 +262,12 @@ def test_a_receipt_of_another_run_is_another_receipt(honest: tuple[Stage, Receip
     """The body of one run with instance, signature and countersignatures of another."""
     _, receipt = honest
     _, other = run(tmp_path / "other")
-    assert failed(replace(other, body=receipt.body)) == ["instance", "evidence", "countersignatures"]
+    assert failed(replace(other, body=receipt.body)) == [
+        "instance",
+        "evidence",
+        "checkpoints",
+        "countersignatures",
+    ]
 
 
 def test_simulated_evidence_needs_both_permissions(honest: tuple[Stage, Receipt]) -> None:
@@ -296,7 +308,7 @@ def test_a_manifest_of_another_measurement(honest: tuple[Stage, Receipt]) -> Non
         signatures = {n: key.sign(MANIFEST_LABEL, manifest.sha256).hex() for n, key in stage.keys.items()}
         body["manifest_signatures"] = signatures
 
-    assert failed(forge(stage, receipt, other_program)) == ["measurement", "countersignatures"]
+    assert failed(forge(stage, receipt, other_program)) == ["measurement", "checkpoints", "countersignatures"]
 
 
 def test_evidence_is_appraised_at_the_time_of_the_countersignatures(honest: tuple[Stage, Receipt]) -> None:

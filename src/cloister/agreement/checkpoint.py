@@ -18,7 +18,6 @@ from cloister.agreement.signing import HASH_BYTES, INSTANCE_ID_BYTES
 from cloister.crypto.encoding import Fields, decode, encode, join
 from cloister.crypto.keys import SIGNATURE_BYTES, PartyKey, verify_signature
 from cloister.crypto.sealing import SALT_BYTES
-from cloister.crypto.sharing import commitment
 from cloister.errors import ProtocolError, VerificationError
 
 CHECKPOINT_LABEL = "checkpoint"
@@ -239,14 +238,14 @@ class ShareRecord:
         verify_signature(signing_key, SHARES_LABEL, self.content(), self.signature, where="share record")
 
 
+def lineage_nonce(manifest_sha256: bytes) -> bytes:
+    """What an instance's evidence is bound to, beside its keys, when it begins to train."""
+    return hashlib.sha256(join(b"cloister instance v1", manifest_sha256)).digest()
+
+
 def share_context(*, job_id: str, instance_id: bytes, party: str) -> bytes:
     """What a share's commitment is bound to."""
     return join(bytes.fromhex(job_id), instance_id, party.encode())
-
-
-def share_commitment(share: bytes, *, job_id: str, instance_id: bytes, party: str) -> bytes:
-    """See `crypto.sharing.commitment`."""
-    return commitment(share, share_context(job_id=job_id, instance_id=instance_id, party=party))
 
 
 def share_info(*, manifest_sha256: bytes, instance_id: bytes, made_by: bytes, party: str) -> bytes:

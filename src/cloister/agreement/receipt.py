@@ -1,6 +1,7 @@
 """The receipt of a run: what was trained, by whom, on which bundles, by which measured program, and who vouches for it.
 
-    body              canonical JSON: job, approvals, manifest and its signatures, adapter hash, declared metrics, times
+    body              canonical JSON: job, approvals, manifest and its signatures, history (`agreement.history`),
+                      adapter hash, declared metrics, times
     instance          id, keys and evidence of the enclave instance; the evidence is bound to the hash of the body
     signature         of the instance's signing key over the body
     countersignatures of parties that verified the instance live, each with its time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cloister.agreement import history
 from cloister.agreement.manifest import Manifest
 from cloister.agreement.signing import APPROVAL_LABEL, MANIFEST_LABEL, approval_message
 from cloister.attest.binding import instance_report_data
@@ -174,10 +176,12 @@ def verify_receipt(
     5. instance: its signature over the body holds
     6. evidence: genuine and accepted by *your* policy at the time of the countersignatures, bound to keys and body
     7. measurement: the manifest names the measurement that the evidence shows
-    8. countersignatures: of every party, over body and instance
-    9. adapter: its hash is the one in the body (only where an adapter is at hand)
+    8. earlier instances: as 6 and 7, for those that trained before a restart, at the time when each began
+    9. checkpoints: one chain from the manifest on, each by the instance whose turn it was, each turn agreed to by all
+    10. countersignatures: of every party, over body and instance
+    11. adapter: its hash is the one in the body (only where an adapter is at hand)
 
-    Without a policy step 6 cannot be done: the caller must say that the origin is not verified.
+    Without a policy steps 6 to 8 cannot be done: the caller must say that the origin is not verified.
 
     Raises:
         ProtocolError: step 1 fails, so that there is nothing to check.
@@ -195,6 +199,10 @@ def verify_receipt(
         claims = steps.run("evidence", lambda: _check_evidence(receipt, body, policy, allow_simulated))
         if manifest is not None and claims is not None:
             steps.run("measurement", lambda: _check_measurement(manifest, claims))
+    if manifest is not None:
+        if policy is not None:
+            steps.run("earlier instances", lambda: _check_earlier(body, policy, manifest, allow_simulated))
+        steps.run("checkpoints", lambda: _check_chain(receipt, body, parties, manifest))
     signers = steps.run("countersignatures", lambda: _check_countersignatures(receipt, parties)) or []
     if adapter_sha256 is not None:
         steps.run("adapter", lambda: _check_adapter(body, adapter_sha256))
@@ -275,6 +283,21 @@ def _check_measurement(manifest: Manifest, claims: Claims) -> tuple[str, None]:
     if (manifest.attester, dict(manifest.registers)) != (claims.type, dict(claims.registers)):
         raise VerificationError("receipt-measurement", "the parties agreed to another measurement than the evidence's")
     return "the parties agreed to the measurement that the evidence shows", None
+
+
+def _check_earlier(
+    body: Mapping[str, Any], policy: AppraisalPolicy, manifest: Manifest, allow_simulated: bool
+) -> tuple[str, None]:
+    return history.check_earlier(body, policy=policy, manifest=manifest, allow_simulated=allow_simulated)
+
+
+def _check_chain(
+    receipt: Receipt, body: Mapping[str, Any], parties: Mapping[str, bytes], manifest: Manifest
+) -> tuple[str, None]:
+    instance = receipt.instance
+    return history.check_chain(
+        body, instance_id=instance.id, signing_key=instance.signing_key, parties=parties, manifest=manifest
+    )
 
 
 def _check_countersignatures(receipt: Receipt, parties: Mapping[str, bytes]) -> tuple[str, list[str]]:

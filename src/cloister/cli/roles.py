@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from cloister.cli.options import (
 )
 from cloister.cli.output import emit, note, show_on_stderr
 from cloister.cli.progress import open_progress
+from cloister.errors import UsageError
 from cloister.jobfile import load_job
 from cloister.methods.processes import end_with_parent
 
@@ -144,6 +146,12 @@ def join(
         Path | None,
         typer.Option("--approval", metavar="FILE", help="Your approval of the job, by `cloister sign`."),
     ] = None,
+    accept_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--accept-checkpoint", metavar="HASH", help="Let the enclave go back to this older checkpoint; is noted."
+        ),
+    ] = None,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
@@ -179,6 +187,7 @@ def join(
             progress=reporter,
             samples=samples,
             approval=approval,
+            accept_checkpoint=_hash(accept_checkpoint),
             on_open=lambda opened: None if as_json else show_on_stderr(summarise(opened, party)),
         )
     emit(report, as_json)
@@ -206,6 +215,15 @@ def baseline(
 
 
 COMMANDS = (demo, run, enclave, join)
+
+
+def _hash(text: str | None) -> bytes | None:
+    """A checkpoint's hash as a refusal prints it."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise UsageError("is not a hash of 64 hexadecimal digits", where="--accept-checkpoint")
+    return bytes.fromhex(text)
 
 
 def _command_line() -> str:

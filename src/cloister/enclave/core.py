@@ -1,14 +1,15 @@
 """What the enclave knows and does between its first message and its last, without I/O.
 
     collecting   parties approve the job and send bundles
-    agreeing     all bundles are here: parties sign the manifest and release their data keys
-    training     the keys are here
+    agreeing     all bundles are here: parties sign the manifest, consent to where training goes on from, release
+                 their data keys, and keep a share of this instance's sealing key
+    training     all that is here; parties sign checkpoints
     finished     results, adapter and receipt are ready; queries are answered
     failed       something of the above could not be done; every party is told what
 
 `handle` answers one request of one authenticated party. It is called from several threads; the training thread
-waits in `wait_for_keys` and hands results to `finish`. No answer to a party depends on another party's data except
-for the metrics that the job declares.
+waits in `wait_for_keys`, goes on from what `restore` returns, and hands results to `finish`. No answer to a party
+depends on another party's data except for the metrics that the job declares.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cloister.agreement import (
     keys_message,
     wrap_info,
 )
+from cloister.agreement.checkpoint import Start, lineage_nonce, share_info
 from cloister.agreement.receipt import COUNTERSIGN_LABEL, Receipt, countersign_message
 from cloister.attest.attester import Attester
 from cloister.attest.binding import instance_report_data
@@ -40,6 +42,8 @@ from cloister.crypto.bundle import IncomingStore, VerifiedBundle
 from cloister.crypto.encoding import Fields
 from cloister.crypto.hpke import HpkeKey
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey, verify_signature
+from cloister.enclave.checkpoints import CheckpointFolder
+from cloister.enclave.lineage import InstanceEntry, Lineage
 from cloister.errors import CloisterError, ProtocolError, VerificationError
 
 Phase = Literal["collecting", "agreeing", "training", "finished", "failed"]
@@ -80,6 +84,8 @@ class EnclaveCore:
         store: Where bundles arrive.
         claims: What this enclave's own evidence says, by the job's policy.
         recipients: Parties that get the adapter.
+        checkpoints: Where sealed states are, perhaps of an earlier instance.
+        quorum: How many parties must sign a checkpoint, and how many of their shares open it.
         query: Answers split-inference requests: (party, method, body) -> body.
     """
 
@@ -93,7 +99,10 @@ class EnclaveCore:
         attester: Attester,
         claims: Claims,
         recipients: frozenset[str],
+        checkpoints: CheckpointFolder,
+        quorum: int,
         query: Callable[[str, str, Fields], dict[str, Any]],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.job_id = job_id
         self.kinds = kinds
@@ -109,14 +118,28 @@ class EnclaveCore:
         self._attester = attester
         self._recipients = recipients
         self._query = query
+        self._clock = clock
         self._events: list[dict[str, Any]] = []
         self._failure: CloisterError | None = None
         self._news = threading.Condition()
+        self.lineage = Lineage(
+            job_id=job_id,
+            parties=parties,
+            quorum=quorum,
+            instance_id=self.instance_id,
+            signing_key=self.signing_key,
+            folder=checkpoints,
+            news=self._news,
+        )
         self._methods: dict[str, Callable[[str, Fields], dict[str, Any]]] = {
             "instance": self._instance,
             "approve": self._approve,
             "manifest": self._manifest,
+            "start": self._start,
             "keys": self._keys,
+            "share": self._share,
+            "kept": self._kept,
+            "checkpoint": self._checkpoint,
             "watch": self._watch,
             "result": self._result,
             "adapter": self._adapter,
@@ -174,10 +197,20 @@ class EnclaveCore:
                 return {"manifest": b"", "missing": self._missing()}
             return {"manifest": self.manifest.to_bytes(), "missing": []}
 
+    def _start(self, party: str, fields: Fields) -> dict[str, Any]:
+        certificate = fields.blob("certificate", max_size=1 << 20)
+        fields.end()
+        with self._news:
+            if self.manifest is None:
+                raise ProtocolError("the start is asked for before the manifest", where=party)
+            return self.lineage.offer(party, certificate)
+
     def _keys(self, party: str, fields: Fields) -> dict[str, Any]:
         manifest_signature = fields.blob("manifest_signature", size=64)
         wrapped = fields.table("wrapped")
         signature = fields.blob("signature", size=64)
+        start = Start.from_bytes(fields.blob("start", max_size=1024))
+        share_from, share = fields.blob("share_from", max_size=16), fields.blob("share", max_size=4096)
         fields.end()
         if self.manifest is None:
             raise ProtocolError("data keys came before the manifest", where=party)
@@ -188,8 +221,38 @@ class EnclaveCore:
         message = keys_message(manifest_sha256=digest, instance_id=self.instance_id, wrapped=wrapped)
         verify_signature(state.public_key, KEYS_LABEL, message, signature, where=party)
         data_keys = {kind: self._unwrap(party, kind, digest, blob) for kind, blob in wrapped.items()}
+        if share:
+            info = share_info(manifest_sha256=digest, instance_id=self.instance_id, made_by=share_from, party=party)
+            share = self.hpke_key.unwrap(share, info)
         with self._news:
+            self.lineage.check_consent(party, start, share_from, share)
+            self.lineage.consent(party, start, share)
             state.manifest_signature, state.data_keys = manifest_signature, data_keys
+            self._news.notify_all()
+        return {}
+
+    def _share(self, party: str, fields: Fields) -> dict[str, Any]:
+        wait_s = self._wait_s(fields)
+        fields.end()
+        with self._news:
+            self._news.wait_for(lambda: self.lineage.all_consent or self._failure is not None, wait_s)
+            self._raise_failure(party)
+            return self.lineage.share_of(party)
+
+    def _kept(self, party: str, fields: Fields) -> dict[str, Any]:
+        signature = fields.blob("signature", size=64)
+        fields.end()
+        with self._news:
+            self.lineage.keep(party, signature)
+            self._news.notify_all()
+        return {}
+
+    def _checkpoint(self, party: str, fields: Fields) -> dict[str, Any]:
+        number = fields.integer("number", low=1, high=2**31)
+        signature = fields.blob("signature", size=64)
+        fields.end()
+        with self._news:
+            self.lineage.sign(party, number, signature)
             self._news.notify_all()
         return {}
 
@@ -202,12 +265,22 @@ class EnclaveCore:
 
     def _watch(self, party: str, fields: Fields) -> dict[str, Any]:
         after = fields.integer("after", low=0, high=2**31)
+        committed = fields.integer("committed", low=0, high=2**31)
         wait_s = self._wait_s(fields)
         fields.end()
         with self._news:
-            self._news.wait_for(lambda: len(self._events) > after or self.phase in ("finished", "failed"), wait_s)
+            self._news.wait_for(lambda: self._has_news(party, after, committed), wait_s)
             self._raise_failure(party)
-            return {"phase": self.phase, "events": self._events[after : after + 256]}
+            return {
+                "phase": self.phase,
+                "events": self._events[after : after + 256],
+                "checkpoint": self.lineage.to_sign(party),
+                "certificate": self.lineage.certificate_after(committed),
+            }
+
+    def _has_news(self, party: str, after: int, committed: int) -> bool:
+        ended = self.phase in ("finished", "failed")
+        return ended or len(self._events) > after or self.lineage.has_news(party, committed)
 
     def _result(self, party: str, fields: Fields) -> dict[str, Any]:
         fields.end()
@@ -299,6 +372,38 @@ class EnclaveCore:
             self.phase = "training"
             self._news.notify_all()
 
+    def restore(self) -> bytes | None:
+        """The state of training that all parties have consented to go on from; None at the beginning.
+
+        Raises:
+            VerificationError: "sealed", "share".
+        """
+        if self.manifest is None:
+            raise RuntimeError("there is nothing to restore before the manifest")
+        entry = InstanceEntry(
+            id=self.instance_id,
+            signing_key=self.signing_key.public,
+            hpke_key=self.hpke_key.public,
+            evidence=self.evidence(lineage_nonce(self.manifest.sha256)).to_bytes(),
+            time=int(self._clock()),
+        )
+        return self.lineage.restore(entry)
+
+    def wait_for_commit(self, timeout_s: float) -> bool:
+        """Whether a quorum has signed the newest checkpoint within the time."""
+        with self._news:
+            return self._news.wait_for(self.lineage.is_committed, timeout_s)
+
+    def history(self) -> dict[str, Any]:
+        """For the receipt: see `agreement.history`."""
+        with self._news:
+            return self.lineage.to_receipt()
+
+    def checkpoints_so_far(self) -> dict[str, int]:
+        """How many there are, how many of them a quorum has signed, and how often training was restarted."""
+        with self._news:
+            return self.lineage.counts()
+
     def sources(self, kind: str) -> dict[str, tuple[VerifiedBundle, DataKey]]:
         """Every party's bundle of a kind with its key, in the order of the job."""
         return {name: (self._bundle(name, kind), state.data_keys[kind]) for name, state in self._parties.items()}
@@ -354,7 +459,7 @@ class EnclaveCore:
         if self.manifest is None and not any(s.approval is None for s in self._parties.values()):
             if not all(self._here(name, kind) for name in self._parties for kind in self.kinds):
                 return False
-            self.manifest = Manifest(
+            manifest = Manifest(
                 job_id=self.job_id,
                 policy_sha256=self.claims.policy_sha256,
                 attester=self.claims.type,
@@ -363,6 +468,8 @@ class EnclaveCore:
                     name: {kind: self._bundle(name, kind).commitment for kind in self.kinds} for name in self._parties
                 },
             )
+            self.lineage.begin(manifest.sha256)
+            self.manifest = manifest
             self.phase = "agreeing"
             self._news.notify_all()
         return self.manifest is not None
@@ -377,6 +484,8 @@ class EnclaveCore:
                 missing.append(f"{name} ({', '.join(bundles)} bundle)")
             elif not state.data_keys:
                 missing.append(f"{name} (data keys)")
+            elif needed := self.lineage.missing(name):
+                missing.append(f"{name} ({needed})")
         return missing
 
     def _finished(self, party: str) -> Outcome:

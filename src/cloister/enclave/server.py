@@ -22,6 +22,7 @@ from cloister.channel.handshake import Responder, ResponderSettings
 from cloister.channel.server import EnclaveServer
 from cloister.crypto.bundle import IncomingStore
 from cloister.crypto.encoding import Fields
+from cloister.enclave.checkpoints import CheckpointFolder
 from cloister.enclave.core import EnclaveCore, Outcome
 from cloister.enclave.query import QueryService
 from cloister.enclave.work import train_and_score
@@ -57,7 +58,8 @@ def serve_job(
     """Run a job's enclave to its end.
 
     Args:
-        out: folder for arriving (sealed) bundles, and for `address` once it listens.
+        out: folder for arriving (sealed) bundles, for sealed checkpoints, and for `address` once it listens. What is
+            there of an earlier instance of this job is taken up.
         serve: go on answering queries after every party has left, until interrupted.
 
     Raises:
@@ -84,6 +86,8 @@ def serve_job(
         attester=attester,
         claims=claims,
         recipients=frozenset(() if release == "none" else release),
+        checkpoints=CheckpointFolder(out / "checkpoints"),
+        quorum=loaded.job.quorum,
         query=queries,
     )
     settings = ResponderSettings(job_id=core.job_id, public_keys=opened.parties, attester=attester)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from cloister.adapters.files import adapter_sha256, file_hashes
 from cloister.adapters.lora import adapter_files, add_lora
 from cloister.agreement.receipt import make_receipt
 from cloister.crypto.bundle import SealedReader
+from cloister.crypto.encoding import decode, encode
 from cloister.data.activations import Schema
 from cloister.data.payload import Payload
 from cloister.enclave.core import EnclaveCore, Outcome
@@ -27,8 +29,11 @@ from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import DTYPES
 from cloister.model.cut import Latter
 from cloister.progress import Progress, Task, task
-from cloister.training.checkpoint import Point
+from cloister.training.checkpoint import Checkpoint, Point
 from cloister.training.loop import TrainingResult, train
+
+COMMIT_WAIT_S = 20.0
+"""How long the receipt waits for the parties' signatures under the last checkpoint; it holds those that are there."""
 
 
 def train_and_score(
@@ -36,27 +41,30 @@ def train_and_score(
 ) -> tuple[PeftModel, Outcome]:
     """Run the job on the bundles of `core`. The trained adapter stays in `latter`.
 
+    Training goes on from the checkpoint that the parties have consented to, if there is one.
+
     Raises:
         ProtocolError: a bundle's content is malformed; names the party.
         VerificationError: a chunk of a bundle was altered since it arrived.
         RunError: training diverged.
     """
-    started = time.time()
+    before = _restore(core.restore())
     clock = _Clock()
     with ExitStack() as opened:
         payloads = {
             kind: {party: _open(opened, core, resolved, latter, party, kind) for party in core.sources(kind)}
             for kind in core.kinds
         }
-        adapted, result = _train(core, resolved, latter, payloads, cache_bytes, progress)
-        clock.lap("training")
+        adapted, result = _train(core, resolved, latter, payloads, cache_bytes, progress, before)
+        clock.lap("training", before.seconds)
         systems = ["base", "cloister"] if "base" in resolved.job.evaluation.baselines else ["cloister"]
         tokens = len(systems) * sum(sum(p.tokens) for p in payloads["test"].values())
         with task(progress, "scoring test sets", total=tokens, unit="tokens") as running:
             scores = {name: _score(latter, adapted, payloads["test"], name, running) for name in systems}
         clock.lap("scoring")
+    core.wait_for_commit(COMMIT_WAIT_S)
     files = adapter_files(adapted, resolved.job.model.revision or resolved.model.folder.name)
-    declared = _declared(scores, result, clock.laps)
+    declared = _declared(scores, result, clock.laps) | {"checkpoints": core.checkpoints_so_far()}
     receipt = make_receipt(
         {
             "job_id": core.job_id,
@@ -64,11 +72,12 @@ def train_and_score(
             "approvals": {name: s.hex() for name, s in core.approvals().items()},
             "manifest": core.manifest.to_bytes().hex() if core.manifest else "",
             "manifest_signatures": {name: s.hex() for name, s in core.manifest_signatures().items()},
+            "history": core.history(),
             "adapter_sha256": adapter_sha256(files),
             "adapter_files": file_hashes(files),
             "metrics": declared["results"],
             "training": declared["training"],
-            "started": int(started),
+            "started": before.started,
             "ended": int(time.time()),
         },
         instance_id=core.instance_id,
@@ -119,11 +128,13 @@ def _train(
     payloads: Mapping[str, Mapping[str, Payload]],
     cache_bytes: int,
     progress: Progress,
+    before: _Before,
 ) -> tuple[PeftModel, TrainingResult]:
     job = resolved.job
     adapted = add_lora(latter, job.adapter, first_layer=resolved.cut, seed=job.job.seed)
     pool = Pool(list(payloads["train"].values()), cache_bytes)
     validation = payloads.get("validation", {})
+    began = time.monotonic()
     with task(progress, "training", unit="steps") as running:
 
         def on_point(point: Point, num_steps: int) -> None:
@@ -144,8 +155,38 @@ def _train(
             seed=job.job.seed,
             validate=validate if validation else None,
             on_point=on_point,
+            resume=before.checkpoint,
+            checkpoints=job.checkpoint.count,
+            on_checkpoint=lambda checkpoint: _save(core, before, began, checkpoint),
         )
     return adapted, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """What earlier instances have done: nothing, or training up to a checkpoint."""
+
+    started: int
+    """Seconds since 1970."""
+    seconds: float = 0.0
+    """Time spent on training."""
+    checkpoint: Checkpoint | None = None
+
+
+def _save(core: EnclaveCore, before: _Before, began: float, checkpoint: Checkpoint) -> None:
+    seconds = before.seconds + time.monotonic() - began
+    head = encode({"started": before.started, "seconds": seconds})
+    core.lineage.add(len(head).to_bytes(4, "big") + head + checkpoint.to_bytes(), checkpoint.step)
+
+
+def _restore(saved: bytes | None) -> _Before:
+    """What `_save` has sealed."""
+    if saved is None:
+        return _Before(started=int(time.time()))
+    end = 4 + int.from_bytes(saved[:4], "big")
+    head = decode(saved[4:end], max_bytes=1024, what="checkpoint")
+    checkpoint = Checkpoint.from_bytes(saved[end:])
+    return _Before(started=head["started"], seconds=head["seconds"], checkpoint=checkpoint)
 
 
 def _score(
@@ -186,6 +227,7 @@ class _Clock:
         self._last = time.monotonic()
         self.laps: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str, before: float = 0.0) -> None:
+        """Time since the last lap, and what earlier instances have spent on the same."""
         now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name], self._last = before + now - self._last, now

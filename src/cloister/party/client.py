@@ -4,13 +4,16 @@
 2. approve the job
 3. send the bundles (what has arrived before is not sent again)
 4. wait for the manifest, check it, remember it, sign it
-5. release the data keys to this instance, for this manifest
-6. follow the training
-7. take results, verify the receipt, countersign it
+5. check from which checkpoint this instance would go on, and follow it alone from now on
+6. release the data keys, and the share that opens the checkpoint, to this instance, for this manifest
+7. keep a share of the instance's own sealing key
+8. follow the training, note and sign its checkpoints
+9. take results, verify the receipt, countersign it
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cloister.adapters.files import CONFIG, WEIGHTS, file_hashes
 from cloister.agreement import (
@@ -42,19 +45,14 @@ from cloister.crypto.hpke import wrap
 from cloister.crypto.keys import PartyKey
 from cloister.errors import ProtocolError, VerificationError
 from cloister.party.bundles import SealedParty
+from cloister.party.follower import WAIT_MS, Consent, Follower, Requests
+from cloister.party.memory import Memory
 
-WAIT_MS = 15_000
 MAX_ADAPTER_BYTES = 16 << 30
 """An adapter larger than this is no adapter; bounds what a malicious enclave can make a party hold."""
 COUNTERSIGN_WAIT_S = 300.0
 """How long to wait for the other parties' countersignatures: a party that never comes back must not cost the rest
 their results."""
-
-
-class Requests(Protocol):
-    """An attested session with the enclave."""
-
-    def request(self, method: str, body: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,10 @@ class PartyClient:
     """One party in one job.
 
     Args:
-        memory: file that keeps the manifest which this party has signed, across restarts of either side.
+        memory: file that keeps the manifest which this party has signed, across restarts of either side; what it must
+            remember of instances and checkpoints is in `memory_file` beside it.
+        quorum: how many parties must sign a checkpoint; None: all.
+        accept: hash of a checkpoint that the user allows an instance to go on from, whatever the memory says.
     """
 
     job_id: str
@@ -101,6 +102,8 @@ class PartyClient:
     allow_not_confidential: bool = False
     approval: bytes = b""
     """Made beforehand by `cloister sign`; empty: the key signs here."""
+    quorum: int | None = None
+    accept: bytes | None = None
 
     def take_part(
         self,
@@ -118,13 +121,47 @@ class PartyClient:
             ProtocolError, TransportError: the enclave misbehaves, or went away.
         """
         instance = self.verify_instance(session)
+        self._check_not_left(instance)
         signature = self.approval or self.key.sign(APPROVAL_LABEL, approval_message(self.job_id))
         session.request("approve", {"signature": signature})
         upload()
         manifest = self._await_manifest(session, instance, sealed, on_missing)
-        self._release_keys(session, instance, sealed, manifest)
-        self._follow(session, on_event)
-        return self._take_results(session, instance)
+        follower = self.follower(instance, manifest.sha256)
+        consent = follower.consent(session)
+        if consent is not None:
+            self._release_keys(session, instance, sealed, manifest, consent)
+            follower.keep_share(session, consent.start)
+        self._follow(session, follower, on_event)
+        return self._take_results(session, instance, follower)
+
+    @property
+    def memory_file(self) -> Path:
+        """See `party.memory`."""
+        return self.memory.with_suffix(".memory")
+
+    def follower(self, instance: VerifiedInstance, manifest_sha256: bytes) -> Follower:
+        return Follower(
+            job_id=self.job_id,
+            name=self.name,
+            key=self.key,
+            parties=self.parties,
+            quorum=self.quorum or len(self.parties),
+            manifest_sha256=manifest_sha256,
+            instance_id=instance.id,
+            signing_key=instance.signing_key,
+            hpke_key=instance.hpke_key,
+            memory=Memory(self.memory_file, manifest_sha256),
+            accept=self.accept,
+            clock=self.clock,
+        )
+
+    def _check_not_left(self, instance: VerifiedInstance) -> None:
+        """Say nothing to an instance that this party has left for a later one."""
+        if self.memory.exists():
+            follower = self.follower(instance, hashlib.sha256(self.memory.read_bytes()).digest())
+            state = follower.memory.read()
+            if instance.id != state.current and state.signing_key(instance.id) is not None:
+                follower.check()
 
     def verify_instance(self, session: Requests) -> VerifiedInstance:
         """Step 1."""
@@ -183,7 +220,12 @@ class PartyClient:
         part.replace(self.memory)
 
     def _release_keys(
-        self, session: Requests, instance: VerifiedInstance, sealed: SealedParty, manifest: Manifest
+        self,
+        session: Requests,
+        instance: VerifiedInstance,
+        sealed: SealedParty,
+        manifest: Manifest,
+        consent: Consent,
     ) -> None:
         digest = manifest.sha256
         wrapped = {
@@ -201,13 +243,22 @@ class PartyClient:
                 "manifest_signature": self.key.sign(MANIFEST_LABEL, digest),
                 "wrapped": wrapped,
                 "signature": self.key.sign(KEYS_LABEL, message),
+                "start": consent.start.to_bytes(),
+                "share_from": consent.share_from,
+                "share": consent.share,
             },
         )
 
-    def _follow(self, session: Requests, on_event: Callable[[dict[str, Any]], None]) -> None:
+    def _follow(self, session: Requests, follower: Follower, on_event: Callable[[dict[str, Any]], None]) -> None:
         seen, phase = 0, ""
         while phase != "finished":
-            fields = Fields(session.request("watch", {"after": seen, "wait_ms": WAIT_MS}), "watch reply")
+            body = {"after": seen, "committed": follower.committed, "wait_ms": WAIT_MS}
+            fields = Fields(session.request("watch", body), "watch reply")
+            follower.check()
+            if checkpoint := fields.blob("checkpoint"):
+                follower.sign(session, checkpoint)
+            if certificate := fields.blob("certificate", max_size=1 << 20):
+                follower.note(certificate)
             events = fields.items("events", max_items=4096)
             phase = fields.text("phase") if len(events) < 256 else ""
             seen += len(events)
@@ -215,7 +266,7 @@ class PartyClient:
                 if isinstance(event, dict):
                     on_event(event)
 
-    def _take_results(self, session: Requests, instance: VerifiedInstance) -> Results:
+    def _take_results(self, session: Requests, instance: VerifiedInstance, follower: Follower) -> Results:
         fields = Fields(session.request("result", {}), "result")
         declared = _json_object(fields.blob("declared", max_size=64 << 20))
         scores = {str(k): str(v) for k, v in fields.table("scores").items()}
@@ -223,6 +274,7 @@ class PartyClient:
         receipt = Receipt.from_bytes(fields.blob("receipt", max_size=64 << 20))
         self._check_instance(instance, receipt)
         self._check_receipt(receipt, complete=False)
+        follower.check_history(receipt)
         _check_contents(json.loads(receipt.body), declared, adapter)
         self._countersign(session, receipt)
         receipt, complete = self._await_countersignatures(session, receipt.body_sha256)

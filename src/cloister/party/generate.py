@@ -20,7 +20,7 @@ from cloister.crypto.encoding import Fields
 from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, UsageError
 from cloister.job import DataSection
 from cloister.model.cut import Former
-from cloister.party.client import Requests
+from cloister.party.follower import Requests
 
 _MAX_CHOICES = 64
 """Most tokens that one reply may offer; a job's `top_k` has the same limit."""

@@ -61,6 +61,7 @@ def join_job(
     insecure_not_confidential: bool = False,
     approval: Path | None = None,
     on_open: Callable[[OpenJob], None] = lambda opened: None,
+    accept_checkpoint: bytes | None = None,
 ) -> JoinReport:
     """Take part in a job to its end.
 
@@ -69,6 +70,8 @@ def join_job(
         enclave: its address. samples: how many test prompts to answer by split inference at the end.
         approval: made by `cloister sign`; without it the key approves the job here.
         on_open: is shown what this party is about to approve.
+        accept_checkpoint: hash of the one checkpoint from which the enclave may go on although this party has seen a
+            newer one; that is noted in `out` and in the receipt.
 
     Raises:
         CloisterError: anything that stops this party; the bundles stay for the next start.
@@ -98,6 +101,8 @@ def join_job(
         memory=out / "manifest.cbor",
         allow_not_confidential=insecure_not_confidential,
         approval=b"" if approved is None else approved.signature,
+        quorum=loaded.job.quorum,
+        accept=accept_checkpoint,
     )
     counter = _Counter()
     results = _with_reconnect(

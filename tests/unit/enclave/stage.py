@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cloister.adapters.files import CONFIG, WEIGHTS, adapter_sha256, file_hashes
+from cloister.agreement import KEYS_LABEL, MANIFEST_LABEL, keys_message, wrap_info
+from cloister.agreement.checkpoint import KEPT_LABEL, Position, ShareRecord, Start
 from cloister.agreement.receipt import make_receipt
 from cloister.attest.attester import Attester
 from cloister.attest.backends.simulated import InsecureSimulatedAttester
@@ -18,7 +20,9 @@ from cloister.attest.claims import Claims
 from cloister.attest.policy import AppraisalPolicy
 from cloister.attest.verify import verify
 from cloister.crypto.bundle import BundleHeader, BundleWriter, IncomingStore, read_header, verify_bundle
-from cloister.crypto.keys import PartyKey
+from cloister.crypto.hpke import wrap
+from cloister.crypto.keys import DataKey, PartyKey
+from cloister.enclave.checkpoints import CheckpointFolder
 from cloister.enclave.core import EnclaveCore, Outcome
 from cloister.errors import CloisterError
 from cloister.jobfile.resolve import canonical_json
@@ -123,7 +127,10 @@ class Stage:
             "attester": source,
             "claims": changes.get("claims") or claims_of(source),
             "recipients": frozenset({"north"}),
+            "checkpoints": CheckpointFolder(self.folder / store / "checkpoints"),
+            "quorum": len(self.names),
             "query": lambda party, method, fields: {},
+            "clock": now,
         }
         core = EnclaveCore(**(values | changes))
         core.store = incoming  # type: ignore[attr-defined]  # for `deliver`
@@ -161,6 +168,15 @@ class Stage:
             on_event=lambda event: None,
         )
 
+    def release(self, core: EnclaveCore, party: str, **changes: Any) -> None:
+        """What a party does from the manifest to its share, one request after the other; needs no other party."""
+        core.handle(party, "keys", key_release(self, core, party, **changes))
+        self.keep_share(core, party)
+
+    def keep_share(self, core: EnclaveCore, party: str) -> None:
+        record = ShareRecord.from_bytes(core.handle(party, "share", {"wait_ms": 0})["record"])
+        core.handle(party, "kept", {"signature": self.keys[party].sign(KEPT_LABEL, record.sha256)})
+
     def outcome(self, core: EnclaveCore) -> Outcome:
         """What training would hand over, with a receipt of this instance."""
         metrics = [{"system": "cloister", "bits_per_byte": 1.5}]
@@ -171,6 +187,7 @@ class Stage:
             "approvals": {name: s.hex() for name, s in core.approvals().items()},
             "manifest": core.manifest.to_bytes().hex(),
             "manifest_signatures": {name: s.hex() for name, s in core.manifest_signatures().items()},
+            "history": core.history(),
             "adapter_sha256": adapter_sha256(ADAPTER),
             "adapter_files": file_hashes(ADAPTER),
             "metrics": metrics,
@@ -208,6 +225,7 @@ class Stage:
             thread.start()
         try:
             core.wait_for_keys(20.0, lambda missing: core._raise_failure("north"))
+            core.restore()
             core.finish(self.outcome(core))
         except CloisterError:
             pass  # a party's error, which is in `ended`
@@ -215,3 +233,43 @@ class Stage:
             thread.join(20.0)
             assert not thread.is_alive()
         return ended
+
+
+def key_release(
+    stage: Stage,
+    core: EnclaveCore,
+    party: str = "north",
+    *,
+    digest: bytes | None = None,
+    instance_id: bytes | None = None,
+    hpke_key: bytes | None = None,
+    named: str = "",
+    signer: PartyKey | None = None,
+    data_keys: dict[str, DataKey] | None = None,
+    position: Position | None = None,
+) -> dict[str, Any]:
+    """The body of a "keys" request, with anything in it replaced."""
+    assert core.manifest is not None
+    digest, instance_id = digest or core.manifest.sha256, instance_id or core.instance_id
+    signer = signer or stage.keys[party]
+    wrapped = {
+        kind: wrap(
+            hpke_key or core.hpke_key.public,
+            key.reveal(),
+            wrap_info(manifest_sha256=digest, instance_id=instance_id, party=named or party, kind=kind),
+        )
+        for kind, key in (data_keys or stage.sealed[party].data_keys).items()
+    }
+    message = keys_message(manifest_sha256=digest, instance_id=instance_id, wrapped=wrapped)
+    place = position or core.lineage.offered
+    start = Start(position=place, last=place).signed(
+        signer, job_id=stage.job_id, manifest_sha256=digest, instance_id=instance_id
+    )
+    return {
+        "manifest_signature": signer.sign(MANIFEST_LABEL, digest),
+        "wrapped": wrapped,
+        "signature": signer.sign(KEYS_LABEL, message),
+        "start": start.to_bytes(),
+        "share_from": b"",
+        "share": b"",
+    }

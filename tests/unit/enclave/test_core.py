@@ -50,18 +50,18 @@ def test_events_come_once_and_in_order(stage: Stage) -> None:
         core.announce({"step": step})
     seen: list[dict[str, Any]] = []
     while len(seen) < 300:
-        reply = core.handle("north", "watch", {"after": len(seen), "wait_ms": 0})
+        reply = core.handle("north", "watch", {"after": len(seen), "committed": 0, "wait_ms": 0})
         assert len(reply["events"]) <= 256
         seen += reply["events"]
     assert [event["step"] for event in seen] == list(range(300))
-    assert core.handle("north", "watch", {"after": 300, "wait_ms": 0})["events"] == []
+    assert core.handle("north", "watch", {"after": 300, "committed": 0, "wait_ms": 0})["events"] == []
 
 
 def test_a_wait_is_bounded(stage: Stage) -> None:
     core = stage.enclave()
     for wait_ms in (-1, 3_600_001, 0.5, True):
         with pytest.raises(ProtocolError, match="wait_ms"):
-            core.handle("north", "watch", {"after": 0, "wait_ms": wait_ms})
+            core.handle("north", "watch", {"after": 0, "committed": 0, "wait_ms": wait_ms})
 
 
 def test_everybody_must_leave(stage: Stage) -> None:
@@ -78,7 +78,7 @@ def test_a_party_that_was_told_of_a_failure_need_not_leave(stage: Stage) -> None
     for name in stage.names:
         assert not core.wait_until_left(0.0)
         with pytest.raises(RunError, match="the loss is nan"):
-            core.handle(name, "watch", {"after": 0, "wait_ms": 0})
+            core.handle(name, "watch", {"after": 0, "committed": 0, "wait_ms": 0})
     assert core.wait_until_left(0.0)
 
 

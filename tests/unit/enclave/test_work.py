@@ -13,9 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from cloister.agreement import APPROVAL_LABEL, KEYS_LABEL, MANIFEST_LABEL, keys_message, wrap_info
+from cloister.agreement import APPROVAL_LABEL
 from cloister.crypto.bundle import BundleHeader, BundleWriter, read_header
-from cloister.crypto.hpke import wrap
 from cloister.crypto.keys import DataKey
 from cloister.data.packing import Pack
 from cloister.data.payload import write_payload
@@ -47,6 +46,7 @@ def job(stage: Stage) -> Job:
             "training": {"steps": 2, "batch_tokens": 16, "max_tokens": MAX_TOKENS},
             "party": [{"name": n, "public_key": key.public.hex()} for n, key in stage.keys.items()],
             "transport": {"activation_dtype": "float32"},
+            "checkpoint": {"count": 0},
         }
     )
 
@@ -112,8 +112,9 @@ def play(
             incoming.feed(incoming.begin(head.encoded, head.signature), path.read_bytes()[len(head.prefix) :])
     if wrong_key:
         keys["south"]["train"] = DataKey.generate()
+    core.handle("north", "manifest", {"wait_ms": 0})
     for name in PARTIES:
-        release(stage, core, name, keys[name])
+        stage.release(core, name, data_keys=keys[name])
     core.wait_for_keys(0.0, lambda missing: None)
     resolved = ResolvedJob(
         job=job(stage),
@@ -131,25 +132,6 @@ def play(
         return Played(core, None, error)
     core.finish(outcome)
     return Played(core, outcome, None)
-
-
-def release(stage: Stage, core: EnclaveCore, party: str, keys: dict[str, DataKey]) -> None:
-    core.handle(party, "manifest", {"wait_ms": 0})
-    assert core.manifest is not None
-    digest = core.manifest.sha256
-    wrapped = {
-        kind: wrap(
-            core.hpke_key.public,
-            key.reveal(),
-            wrap_info(manifest_sha256=digest, instance_id=core.instance_id, party=party, kind=kind),
-        )
-        for kind, key in keys.items()
-    }
-    message = keys_message(manifest_sha256=digest, instance_id=core.instance_id, wrapped=wrapped)
-    signatures = {"manifest_signature": stage.keys[party].sign(MANIFEST_LABEL, digest)}
-    core.handle(
-        party, "keys", {**signatures, "wrapped": wrapped, "signature": stage.keys[party].sign(KEYS_LABEL, message)}
-    )
 
 
 def test_scores_go_to_their_owner_and_aggregates_to_all(tmp_path: Path) -> None:
@@ -266,7 +248,7 @@ def told(played: Played) -> None:
     """There is no result, and every party is told the same."""
     assert played.outcome is None
     for name in PARTIES:
-        for method, body in (("watch", {"after": 0, "wait_ms": 0}), ("result", {})):
+        for method, body in (("watch", {"after": 0, "committed": 0, "wait_ms": 0}), ("result", {})):
             with pytest.raises(CloisterError) as error:
                 played.core.handle(name, method, body)
             assert error.value is played.error

@@ -33,6 +33,7 @@ from cloister.model.anatomy import load_model
 from cloister.model.cut import Whole
 from cloister.report.model import ReceiptRef, RunReport, System, WireBytes
 from cloister.report.outputs import JoinReport
+from tests.unit.agreement.histories import uninterrupted
 from tests.unit.data.tiny_tokenizers import tiny_tokenizer
 from tests.unit.model.tiny import CONFIGS
 from tests.unit.report.fake import run_report
@@ -146,6 +147,7 @@ class Finished:
             "approvals": {n: k.sign(APPROVAL_LABEL, approval_message(job_id)).hex() for n, k in self.keys.items()},
             "manifest": manifest.to_bytes().hex(),
             "manifest_signatures": {n: k.sign(MANIFEST_LABEL, manifest.sha256).hex() for n, k in self.keys.items()},
+            "history": uninterrupted(manifest, b"i" * 16, self.keys),
             "adapter_sha256": adapter_sha256(self.files),
             "adapter_files": file_hashes(self.files),
             "metrics": [row.model_dump(mode="json") for row in rows],
