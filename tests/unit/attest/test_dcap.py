@@ -310,6 +310,17 @@ REFUSALS: Mapping[str, tuple[Callable[[], Evidence], str, str]] = {
         lambda: collateral(root_ca_crl=CA.crl(of_root=True, revoked=[CA.tcb_signer.serial_number]).hex()),
         "revoked", "that signs TCB information",
     ),
+    "PCK CRL of tomorrow": (
+        lambda: collateral(pck_crl=CA.crl(of_root=False, days=(1, 30)).hex()),
+        "expired",
+        "dated in the future",
+    ),
+    "TCB info of tomorrow": (lambda: collateral(days=(1, 30)), "expired", "dated in the future"),
+    "other maker of the quoting enclave": (
+        lambda: dataclasses.replace(CA.tdx(), blob=CA.tdx_quote()[:12] + bytes(16) + CA.tdx_quote()[28:]),
+        "signature",
+        "not Intel's quoting enclave",
+    ),
     "TCB info of SGX": (lambda: CA.tdx(collateral=CA.collateral("sgx")), "collateral", "not for this tdx platform"),
     "mixed": (lambda: collateral(**tcb_info_of("sgx")), "collateral", "not for this tdx platform"),
     "other platform": (lambda: collateral(fmspc=bytes(6)), "collateral", "not for this tdx platform"),
@@ -429,6 +440,12 @@ def test_intels_own_padding_of_version_4_only() -> None:
         assert refused(dataclasses.replace(other, blob=other.blob + padding)).code == "evidence-format"
 
 
+def test_a_quote_in_the_others_envelope() -> None:
+    error = refused(dataclasses.replace(CA.tdx(), type="sgx"))
+    assert (error.code, error.message) == ("evidence-format", "the envelope says SGX, but the quote is of TDX")
+    assert refused(dataclasses.replace(CA.sgx(), type="tdx")).code == "evidence-format"
+
+
 def test_headers_that_do_not_go_together() -> None:
     quote = CA.tdx_quote()
     for at, value in ((0, 3), (0, 6), (2, 3), (4, 0), (4, 1), (8, 1), (11, 1)):
@@ -442,7 +459,7 @@ def test_headers_that_do_not_go_together() -> None:
 @pytest.mark.parametrize(("body_type", "size"), [(1, 384), (2, 648), (3, 584), (4, 648), (5, 584), (0, 0), (0, 584)])
 def test_bodies_of_another_kind(body_type: int, size: int) -> None:
     error = refused(CA.tdx(version=5, body_type=body_type, body=tdx_body()[:1] + bytes(max(0, size - 1))))
-    assert error.code == "evidence-format"
+    assert (error.code, "a body of type" in error.message) == ("evidence-format", True)
 
 
 def test_certificates_have_one_form() -> None:
@@ -476,6 +493,9 @@ def test_lengths_inside_a_quote_must_add_up() -> None:
         for step in (1, 255):
             changed = quote[:at] + bytes([(quote[at] + step) % 256]) + quote[at + 1 :]
             assert refused(Evidence(type="tdx", blob=changed, collateral=CA.collateral())).code == "evidence-format"
+    for at, kind in ((inner, 5), (inner + 6 + 448 + 2 + 32, 2)):
+        other = quote[:at] + bytes([kind]) + quote[at + 1 :]
+        assert refused(Evidence(type="tdx", blob=other, collateral=CA.collateral())).code == "evidence-format"
     # Consistent, but with bytes between: behind the inner certificates, and behind the certification data.
     for extra in (b"\0", b"x" * 100):
         body, tail = quote[:signature], quote[signature + 4 :]

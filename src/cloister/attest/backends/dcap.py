@@ -231,13 +231,9 @@ def _check_status(claims: dict[str, Any], rules: DcapRules, tee: Tee) -> str:
     return f"{status}, by TCB evaluation {claims['tcb']['eval_data_number']}; the policy accepts it"
 
 
-def _advisories(claims: dict[str, Any]) -> list[str]:
-    levels = (claims["platform"]["tcb_level"]["advisoryIDs"], claims["qe"]["tcb_level"]["advisoryIDs"])
-    return sorted({name for names in (claims["tcb"]["advisory_ids"], *levels) for name in names})
-
-
 def _check_advisories(claims: dict[str, Any], rules: DcapRules, tee: Tee) -> str:
-    named = _advisories(claims)
+    """Those of the platform's level and of the quoting enclave's, together."""
+    named = sorted(claims["tcb"]["advisory_ids"])
     if refused := [name for name in named if name not in rules.advisories]:
         hint = f"read them at intel.com; a policy that takes the risk lists them in advisories of [{tee}]"
         message = f"Intel names unfixed vulnerabilities of this platform: {', '.join(refused)[:400]}"
@@ -253,7 +249,11 @@ def _report(
     report_data: bytes,
     more: Mapping[str, str] | None = None,
 ) -> Report:
-    status, advisories, level = claims["tcb"]["status"], _advisories(claims), claims["platform"]["tcb_level"]
+    status, advisories, level = (
+        claims["tcb"]["status"],
+        sorted(claims["tcb"]["advisory_ids"]),
+        claims["platform"]["tcb_level"],
+    )
     tcb = {
         "status": status,
         "advisories": ", ".join(advisories) or "none",

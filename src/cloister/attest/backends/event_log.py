@@ -21,7 +21,6 @@ from cloister.errors import VerificationError
 
 REGISTERS = 4
 DIGEST_BYTES = 48
-MAX_EVENTS = 4096
 RUNTIME_EVENT = 0x08000001
 """dstack's event type; its digest is SHA-384(type, 4 bytes little endian || ":" || name || ":" || payload)."""
 
@@ -53,8 +52,8 @@ def parse(data: bytes) -> tuple[Event, ...]:
         entries = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as exc:
         raise _refuse("it is not JSON") from exc
-    if not isinstance(entries, list) or len(entries) > MAX_EVENTS:
-        raise _refuse(f"it must be a list of at most {MAX_EVENTS} events")
+    if not isinstance(entries, list):
+        raise _refuse("it must be a list of events")
     return tuple(_event(entry, number) for number, entry in enumerate(entries, 1))
 
 
