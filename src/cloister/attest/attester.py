@@ -151,10 +151,7 @@ def _find(kind: AttesterKind, allow_simulated: bool, clock: Callable[[], float],
     if kind == "tpm" and tpm is not None:
         return Found(attester=candidates[0].load().open(tpm), how=f"TPM 2.0 ({tpm})")
     for backend in candidates:
-        try:
-            attester_class = backend.load()
-        except ModuleNotFoundError:
-            continue
+        attester_class = backend.load()
         where = attester_class.found(root)
         if where is not None:
             attester = attester_class(root)

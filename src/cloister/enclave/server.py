@@ -67,7 +67,7 @@ def serve_job(
     """
     opened = open_job(loaded, progress=progress)
     require_listed_measurements(opened.policy, address=listen, insecure_simulated=insecure_simulated)
-    found = _find_attester(loaded, insecure_simulated, progress)
+    found = _find_attester(opened, insecure_simulated, progress)
     attester = found.attester
     claims = _own_claims(opened, attester, insecure_simulated)
     require_confidential(claims, allowed=insecure_not_confidential)
@@ -130,13 +130,17 @@ class _LateQueries:
         return self.service(party, method, fields)
 
 
-def _find_attester(loaded: LoadedJob, insecure_simulated: bool, progress: Progress) -> Found:
-    """What attests this machine; says which it took."""
-    enclave = loaded.job.enclave
+def _find_attester(opened: OpenJob, insecure_simulated: bool, progress: Progress) -> Found:
+    """What attests this machine, with its GPUs where the policy wants some; says which it took."""
+    loaded, enclave = opened.resolved.loaded, opened.resolved.job.enclave
     collateral = None if enclave.collateral is None else loaded.local_path(enclave.collateral)
     with task(progress, "attester") as finding:
         found = find_attester(
-            enclave.attester, allow_simulated=insecure_simulated, tpm=enclave.tpm, collateral=collateral
+            enclave.attester,
+            allow_simulated=insecure_simulated,
+            tpm=enclave.tpm,
+            collateral=collateral,
+            gpus=opened.policy.rules.nvidia_gpu.count > 0,
         )
         finding.set(0.0, note=found.how)
     return found
