@@ -40,6 +40,14 @@ _SPL_RESERVED = tuple(f"{_ARC}3.{n}" for n in (4, 5, 6, 7))
 PRODUCT_LINES = {"Milan": "Milan", "Genoa": "Genoa", "Bergamo": "Genoa", "Siena": "Genoa", "Turin": "Turin"}
 """Product line whose keys sign for a product's name as certificates have it."""
 
+MAX_TABLE_ENTRIES = 32
+_ENTRY_BYTES = 24
+_TABLE_NAMES = {
+    "63da758de6644564adc5f4b93be8accd": "vcek",
+    "a8074bc2a25a483eaae639c045a0b8a1": "vlek",
+    "92f81bc358114d3d97ffd19f88dc67ea": "crl",
+}
+
 _CHIP_ID_BYTES = {"Milan": 64, "Genoa": 64, "Turin": 8}
 _INTEGER, _OCTETS, _IA5_STRING = 0x02, 0x04, 0x16
 _PARSE_ERRORS = (
@@ -106,6 +114,26 @@ def parse_collateral(collateral: bytes) -> Endorsement:
     except ProtocolError as exc:
         raise VerificationError("collateral", str(exc)) from exc
     return parse_endorsement(leaf, crl)
+
+
+def parse_certificate_table(table: bytes) -> dict[str, bytes]:
+    """Read the table that a host hands its guests with a report: "vcek", "vlek", "crl" and what else is in it, unread.
+
+    Entries of 24 bytes (GUID, as its text is written; offset and length, little endian) up to one of zeros, then what
+    they point to. Source: AMD, "GHCB Standardization" (56421), section 4.1.8.1.
+
+    Raises: VerificationError "collateral".
+    """
+    found: dict[str, bytes] = {}
+    for at in range(0, MAX_TABLE_ENTRIES * _ENTRY_BYTES, _ENTRY_BYTES):
+        entry = table[at : at + _ENTRY_BYTES]
+        if not any(entry[:16]):
+            return found
+        start, size = (int.from_bytes(entry[n : n + 4], "little") for n in (16, 20))
+        if len(entry) < _ENTRY_BYTES or start + size > len(table):
+            raise VerificationError("collateral", "the host's table of certificates is truncated")
+        found[_TABLE_NAMES.get(entry[:16].hex(), entry[:16].hex())] = table[start : start + size]
+    raise VerificationError("collateral", f"the host's table has more than {MAX_TABLE_ENTRIES} certificates")
 
 
 def parse_endorsement(leaf: bytes, crl: bytes = b"") -> Endorsement:
