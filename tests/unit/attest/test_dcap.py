@@ -534,5 +534,5 @@ def test_reserved_bytes_of_an_enclaves_report() -> None:
 
 
 def test_no_clock_of_ours_can_crash_it() -> None:
-    for now in (-1.0, 0.0, 2.0**40, 2.0**62):
+    for now in (-1.0, 0.0, 2.0**40, 2.0**70):
         assert refused(CA.tdx(), now=now).code == "expired"

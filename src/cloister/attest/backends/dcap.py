@@ -65,6 +65,7 @@ _SGX_INIT, _SGX_DEBUG, _SGX_KNOWN = 0x01, 0x02, 0x04F7
 
 _OUT_OF_DATE = {"OutOfDate", "OutOfDateConfigurationNeeded"}
 _FOREVER_S = 1 << 40
+"""Later than any certificate can expire, and within what the library can count."""
 _MAX_EVALUATION = (1 << 32) - 1
 
 
@@ -106,7 +107,7 @@ def verify_sgx(evidence: Evidence, appraisal: Appraisal) -> Report:
 
 def _verify(evidence: Evidence, tee: Tee, rules: DcapRules, appraisal: Appraisal) -> tuple[Quote, dict[str, Any]]:
     """Steps 1 to 8. Returns the quote and the library's claims about it."""
-    checks, now = appraisal.checks, max(0, int(appraisal.now))
+    checks, now = appraisal.checks, min(max(0, int(appraisal.now)), _FOREVER_S)
     with checks.step("layout") as step:
         quote = _parse(evidence, tee)
         step.reason = f"{tee.upper()} quote, version {quote.version}: every byte is accounted for"
