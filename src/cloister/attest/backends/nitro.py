@@ -21,6 +21,9 @@ from cloister.errors import VerificationError
 TYPE = "nitro"
 WARNING = "a Nitro enclave hides its memory from the owner of the machine, not from AWS"
 
+MAX_CLOCK_SKEW_S = 60
+"""How far behind AWS's our clock may be; `attest.verify` allows as much for a document's age."""
+
 _IMAGE_PCRS = (0, 1, 2)
 """Enclave image, kernel and boot ramdisk, application: the hypervisor measures them, all zero with debugging."""
 
@@ -46,8 +49,11 @@ def verify(evidence: Evidence, appraisal: Appraisal) -> Report:
         step.reason = f"{len(chain)} certificates lead from the signing key to the AWS Nitro Enclaves root"
     # (3) The certificates are valid now, and were when the document was made. Leaves live three hours.
     with checks.step("validity") as step:
-        ec_chain.check_validity(chain, document.timestamp_ms / 1000, "when the document was made")
-        ec_chain.check_validity(chain, appraisal.now, "at the time of this verification")
+        made = document.timestamp_ms / 1000
+        ec_chain.check_validity(chain, made, "when the document was made")
+        # A leaf may be three seconds old: a clock that is a little behind must not make it one of the future.
+        at = max(appraisal.now, min(made, appraisal.now + MAX_CLOCK_SKEW_S))
+        ec_chain.check_validity(chain, at, "at the time of this verification")
         step.reason = f"all certificates are valid; the first to expire does at {_first_to_expire(chain)} UTC"
     # (4) The key signed all of it.
     with checks.step("signature") as step:
