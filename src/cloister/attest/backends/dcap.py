@@ -84,7 +84,7 @@ def verify_tdx(evidence: Evidence, appraisal: Appraisal) -> Report:
             step.reason = f"its {len(events)} events replay to the quoted RTMR 0 to 3"
         else:
             step.reason = "none was sent: what the RTMRs stand for is known only where the policy lists their values"
-    return _report(quote, claims, rules, registers, quote.body[_TDX_REPORT_DATA])
+    return _report(quote, claims, registers, quote.body[_TDX_REPORT_DATA])
 
 
 def verify_sgx(evidence: Evidence, appraisal: Appraisal) -> Report:
@@ -102,7 +102,7 @@ def verify_sgx(evidence: Evidence, appraisal: Appraisal) -> Report:
             raise VerificationError("svn", message, hint=hint)
         step.reason = f"the enclave's security version is {isv_svn}, at least {rules.min_isv_svn} is needed"
     registers = {name: quote.body[where] for name, where in SGX_REGISTERS.items()}
-    return _report(quote, claims, rules, registers, quote.body[_SGX_REPORT_DATA], {"isv_svn": str(isv_svn)})
+    return _report(quote, claims, registers, quote.body[_SGX_REPORT_DATA], {"isv_svn": str(isv_svn)})
 
 
 def _verify(evidence: Evidence, tee: Tee, rules: DcapRules, appraisal: Appraisal) -> tuple[Quote, dict[str, Any]]:
@@ -216,7 +216,7 @@ def _raise_at(stage: Stage, outcome: Any) -> None:
 def _check_dates(outcome: Any, now: int) -> str:
     """The library takes revocation lists from the future; we do not."""
     if isinstance(outcome, Refusal):
-        return "certificates and revocation lists are valid now"
+        return "the chains lead to that root; nothing in them has expired or is revoked"
     if outcome["latest_issue_date"] > now:
         raise VerificationError("expired", "the collateral is dated in the future", hint="compare this machine's clock")
     return f"nothing expired or revoked; the collateral is valid until {_date(outcome['earliest_expiration_date'])}"
@@ -245,20 +245,15 @@ def _check_advisories(claims: dict[str, Any], rules: DcapRules, tee: Tee) -> str
 def _report(
     quote: Quote,
     claims: dict[str, Any],
-    rules: DcapRules,
     registers: Mapping[str, bytes],
     report_data: bytes,
     more: Mapping[str, str] | None = None,
 ) -> Report:
-    status, advisories, level = (
-        claims["tcb"]["status"],
-        sorted(claims["tcb"]["advisory_ids"]),
-        claims["platform"]["tcb_level"],
-    )
+    status, advisories = claims["tcb"]["status"], sorted(claims["tcb"]["advisory_ids"])
     tcb = {
         "status": status,
         "advisories": ", ".join(advisories) or "none",
-        "tcb_date": level["tcbDate"],
+        "tcb_date": claims["platform"]["tcb_level"]["tcbDate"],
         "tcb_evaluation": str(claims["tcb"]["eval_data_number"]),
         "fmspc": bytes(claims["platform"]["pck"]["fmspc"]).hex(),
         "quote_version": str(quote.version),
