@@ -202,25 +202,24 @@ def load_certificate(data: bytes) -> tuple[x509.Certificate, int]:
 
 def check_chain(endorsement: Endorsement, roots: TrustRoots) -> AmdChain:
     """ARK -> ASK or ASVK -> leaf, each signed with RSA-PSS and SHA-384. Raises: VerificationError "chain"."""
-    chain = roots.amd.get((endorsement.product, endorsement.kind))
+    chain, kind = roots.amd.get((endorsement.product, endorsement.kind)), endorsement.kind.upper()
     if chain is None:
-        raise VerificationError("chain", f"no root is pinned for {endorsement.product} and {endorsement.kind.upper()}")
-    _check_issued(chain.root, chain.root, "the root (ARK)")
-    _check_issued(chain.intermediate, chain.root, "the intermediate")
+        raise VerificationError("chain", f"no root is pinned for {endorsement.product} and {kind}")
     if endorsement.issuer != chain.intermediate.subject:
-        message = f"the {endorsement.kind.upper()} names another issuer than AMD's for this product and kind of key"
+        message = f"the {kind} names another issuer than AMD's for this product and kind of key"
         raise VerificationError("chain", message)
-    _check_issued(endorsement.certificate, chain.intermediate, f"the {endorsement.kind.upper()}")
-    return chain
-
-
-def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate, what: str) -> None:
+    leaf, name = endorsement.certificate, "the root (ARK)"
     try:
-        _verify_pss(issuer, certificate.signature, certificate.tbs_certificate_bytes)
-        # Once more, as the certificate says itself: what it says outside of its signed part must be true as well.
-        certificate.verify_directly_issued_by(issuer)
+        _verify_pss(chain.root, chain.root.signature, chain.root.tbs_certificate_bytes)
+        name = "the intermediate"
+        _verify_pss(chain.root, chain.intermediate.signature, chain.intermediate.tbs_certificate_bytes)
+        name = f"the {kind}"
+        _verify_pss(chain.intermediate, leaf.signature, leaf.tbs_certificate_bytes)
+        # Once more, as the leaf says itself: what it says outside of its signed part must be true as well.
+        leaf.verify_directly_issued_by(chain.intermediate)
     except (InvalidSignature, *_PARSE_ERRORS) as exc:
-        raise VerificationError("chain", f"{what} was not signed by its issuer: it is not AMD's") from exc
+        raise VerificationError("chain", f"{name} was not signed by its issuer: it is not AMD's") from exc
+    return chain
 
 
 def _verify_pss(issuer: x509.Certificate, signature: bytes, data: bytes) -> None:
