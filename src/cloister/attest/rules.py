@@ -66,7 +66,9 @@ class SnpTcb(Rules):
 
 
 class SnpRules(Rules):
-    """[sev-snp]; also the SNP report inside azure-vtpm evidence. VMPL 0 and no migration agent are always required."""
+    """[sev-snp]; also the SNP report inside azure-vtpm evidence. That no migration agent is allowed is always required,
+    and VMPL 0 wherever the policy lists measurements.
+    """
 
     min_tcb: SnpTcb = SnpTcb()
     min_guest_svn: Count = 0
