@@ -106,5 +106,11 @@ def pack(report: bytes, chain: Sequence[Certified], nonce: bytes = NONCE, **stat
         "vbios_version": "96.00.A5.00.01",
         "version": "1.0",
     }
-    table = {name: value for name, value in {**table, **stated}.items() if value is not ...}
-    return Evidence(type="nvidia-gpu", blob=json.dumps([table]).encode())
+    return restate(Evidence(type="nvidia-gpu", blob=json.dumps([table]).encode()), **stated)
+
+
+def restate(evidence: Evidence, **stated: Any) -> Evidence:
+    """The same evidence with other fields around the report; ... leaves one out."""
+    table = {**json.loads(evidence.blob)[0], **stated}
+    table = {name: value for name, value in table.items() if value is not ...}
+    return dataclasses.replace(evidence, blob=json.dumps([table]).encode())

@@ -1,7 +1,7 @@
 """Reading NVIDIA GPU evidence: JSON around an SPDM measurement report and its certificates, within bounds.
 
 The report (request and response) is signed, the JSON around it is not. So each of its fields must say exactly what
-the signed report says, and base64 and PEM must be the encodings that their content has. Only white space is free.
+the signed report says, and base64 and PEM must be the encodings that their content has. Only white space between JSON's values is free.
 
 Source: DMTF DSP0274 1.1.0, sections 10.11.1 and 10.11.2 (GET_MEASUREMENTS, MEASUREMENTS); NVIDIA nvtrust, "local GPU
 verifier", for the opaque data; TCG, "DICE Certificate Profiles", for the FWID.
@@ -127,8 +127,8 @@ def _certificates(pem: bytes) -> tuple[x509.Certificate, ...]:
         raise ValueError("too many certificates")
     chain = tuple(ec_chain.load(_decode("".join(block.split()))) for block in blocks)
     written = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)
-    if written.split() != pem.split():
-        raise ValueError("there is something else between the certificates")
+    if written != pem:
+        raise ValueError("there is something else among the certificates")
     return chain
 
 
