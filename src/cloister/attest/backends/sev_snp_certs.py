@@ -252,14 +252,11 @@ def _check_time(name: str, start: datetime, end: datetime, now: float) -> None:
         raise VerificationError("expired", f"the {name} is valid from {start} to {end} only", hint=hint)
 
 
-def check_revocation(endorsement: Endorsement, chain: AmdChain, now: float) -> bool:
-    """Whether a revocation list came along; it is the root's, of now, and names none of the three certificates.
+def check_revocation(endorsement: Endorsement, crl: RevocationList, chain: AmdChain, now: float) -> None:
+    """The list is the root's, of now, and names none of the three certificates.
 
     Raises: VerificationError "collateral" (not AMD's list), "expired" or "revoked".
     """
-    crl = endorsement.crl
-    if crl is None:
-        return False
     if crl.issuer != chain.root.subject:
         raise VerificationError("collateral", "the revocation list is not one of AMD's root for this product")
     try:
@@ -273,7 +270,6 @@ def check_revocation(endorsement: Endorsement, chain: AmdChain, now: float) -> b
             raise VerificationError("revoked", f"AMD has revoked the {name} of this product's certificates")
     if endorsement.serial in crl.serials:
         raise VerificationError("revoked", f"AMD has revoked the {endorsement.kind.upper()}")
-    return True
 
 
 def _extensions(certificate: x509.Certificate) -> dict[str, bytes]:
