@@ -65,6 +65,10 @@ def chain(bits: int, *events: bytes) -> bytes:
             images.pe({".text": images.noise("x", 100)}, trailer=images.noise("y", 24)),
             "95f219ba7f3ed67f9906864ef4c83f408dc9be8852de895bb39ff97d84e74caf",
         ),
+        (
+            images.pe({".bss": b"", ".text": images.noise("x", 700)}),
+            "8eaf07e2f58a02c679df93b056138d93cfb8ace3bf83957f54c170457fd90eaf",
+        ),
     ],
 )
 def test_authenticode_is_what_pesign_computes(data: bytes, digest: str) -> None:
@@ -227,11 +231,20 @@ def test_firmware_without_sound_metadata_is_refused(firmware: bytes, told: str) 
         mrtd(firmware, what="x")
 
 
-def test_metadata_that_end_behind_the_firmware_are_refused() -> None:
+@pytest.mark.parametrize("distance", [0, 8, 1 << 31])
+def test_metadata_that_are_not_inside_the_firmware_are_refused(distance: int) -> None:
     firmware = bytearray(images.firmware())
     at = firmware.index(bytes.fromhex("35657ae44a989847865e4685a7bf8ec2")) - 6
-    struct.pack_into("<I", firmware, at, 8)
+    struct.pack_into("<I", firmware, at, distance)
     with pytest.raises(DataError, match="outside"):
+        mrtd(bytes(firmware), what="x")
+
+
+def test_an_entry_without_length_ends_the_search_for_metadata() -> None:
+    firmware = bytearray(images.firmware())
+    last_entry = bytes.fromhex("de71f7007e1acb4f890e68c77e2fb44e")
+    struct.pack_into("<H", firmware, firmware.index(last_entry) - 2, 0)
+    with pytest.raises(DataError, match="no TDVF metadata"):
         mrtd(bytes(firmware), what="x")
 
 

@@ -131,7 +131,8 @@ def _metadata_distance(firmware: bytes, what: str) -> int:
             break
         if firmware[at - 16 : at] == _METADATA_OFFSET and size == _ENTRY_BYTES + 4:
             distance = int.from_bytes(firmware[at - size : at - _ENTRY_BYTES], "little")
-            if 0 < distance <= len(firmware):
-                return distance
+            if distance > len(firmware):
+                raise DataError("the firmware's TDVF metadata lie outside of it", where=what)
+            return distance
         at -= size
     raise DataError("the firmware holds no TDVF metadata: it was not built for TDX", where=what, hint=hint)
