@@ -109,8 +109,8 @@ def pack(report: bytes, chain: Sequence[Certified], nonce: bytes = NONCE, **stat
     return restate(Evidence(type="nvidia-gpu", blob=json.dumps([table]).encode()), **stated)
 
 
-def restate(evidence: Evidence, **stated: Any) -> Evidence:
+def restate(whole: Evidence, /, **stated: Any) -> Evidence:
     """The same evidence with other fields around the report; ... leaves one out."""
-    table = {**json.loads(evidence.blob)[0], **stated}
+    table = {**json.loads(whole.blob)[0], **stated}
     table = {name: value for name, value in table.items() if value is not ...}
-    return dataclasses.replace(evidence, blob=json.dumps([table]).encode())
+    return dataclasses.replace(whole, blob=json.dumps([table]).encode())
