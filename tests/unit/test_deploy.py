@@ -310,6 +310,19 @@ def test_a_disk_writes_nothing_outside_its_folder(machine: Machine, script: Modu
     assert code == 1 or (machine.to / "absolute").is_file()
 
 
+def test_a_disk_that_never_appears_ends_the_machine(
+    machine: Machine, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--disk", str(machine.disk), "--to", str(machine.to), "--system", str(machine.system)]
+    assert script.main([*arguments, "--wait-s", "0.2"]) == 1
+    assert "No such file" in capsys.readouterr().err
+    unit = SYSTEM_UNITS / "cloister-config.service"
+    assert setting(unit, "FailureAction") == ["poweroff-force"]
+    assert (
+        ".device" not in unit.read_text()
+    )  # what waits for a device unit is skipped when that fails, and does not fail
+
+
 def test_a_huge_disk_is_refused(machine: Machine, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "MAX_DISK_BYTES", 1000)
     assert machine.start(script, CONFIG) == 1
@@ -320,7 +333,7 @@ def test_the_script_needs_nothing_but_pythons_own_library() -> None:
     tree = ast.parse(path.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names == {"__future__", "argparse", "hashlib", "io", "os", "sys", "tarfile", "uuid", "pathlib"}
+    assert names == {"__future__", "argparse", "hashlib", "io", "os", "sys", "tarfile", "time", "uuid", "pathlib"}
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, machine: Machine, script: ModuleType) -> None:
