@@ -65,8 +65,8 @@ def test_default_deny() -> None:
     assert code(collect(), AppraisalPolicy()) == "type"
     assert code(collect(), AppraisalPolicy(accept=("tdx",), any_measurement=True)) == "type"
     # A type that is accepted but has no verifier; and an accepted type with an empty list of measurements.
-    tdx = dataclasses.replace(collect(), type="tdx")
-    assert code(tdx, AppraisalPolicy(accept=("tdx",), any_measurement=True)) == "type"
+    other = dataclasses.replace(collect(), type="other-tee")
+    assert code(other, AppraisalPolicy(accept=("other-tee",), any_measurement=True)) == "type"
     nothing_listed = AppraisalPolicy(accept=("simulated",), insecure_simulated=True)
     assert code(collect(), nothing_listed) == "measurement"
 
