@@ -166,9 +166,10 @@ def test_no_certificate_where_one_is_needed(tpm: SoftwareTpm) -> None:
 def test_attack_certificate_by_somebody_else(tpm: SoftwareTpm) -> None:
     """swtpm's local CA, say, under the same name."""
     stranger = ec.derive_private_key(5, ec.SECP256R1())
-    assert (
-        refused(endorsed_by(tpm, certificate(tpm.ek.public_key(), signer=stranger)), MANUFACTURER) == "endorsement-key"
-    )
+    forged = endorsed_by(tpm, certificate(tpm.ek.public_key(), signer=stranger))
+    with pytest.raises(VerificationError, match="none of the given manufacturers") as error:
+        challenge(forged, manufacturers=[MANUFACTURER], now=NOW)
+    assert error.value.code == "endorsement-key"
 
 
 def test_attack_certificate_of_another_tpm(tpm: SoftwareTpm) -> None:

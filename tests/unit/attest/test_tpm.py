@@ -208,10 +208,17 @@ def test_oversized_fields_are_refused() -> None:
         parse_public(bytes(4097))
 
 
-@pytest.mark.parametrize("table", [{"24": bytes(32)}, {"00": bytes(32)}, {"0": bytes(31)}, {"0": "text"}, {"x": b""}])
-def test_malformed_pcr_tables_are_refused(table: dict[str, Any]) -> None:
-    blob = encode({"attest": b"", "signature": b"", "public": b"", "pcrs": table})
-    assert code(Evidence(type="tpm", blob=blob)) == "evidence-format"
+@pytest.mark.parametrize("more", [{"24": bytes(32)}, {"00": bytes(32)}, {"x": b""}, {"0": bytes(31)}, {"0": "text"}])
+def test_malformed_pcr_tables_are_refused(more: dict[str, Any]) -> None:
+    parts = dataclasses.asdict(unpack(quote(PCRS).blob))
+    table = {str(pcr): value for pcr, value in PCRS.items()} | more
+    assert code(Evidence(type="tpm", blob=encode(parts | {"pcrs": table}))) == "evidence-format"
+
+
+def test_unknown_fields_are_refused() -> None:
+    parts = dataclasses.asdict(unpack(quote(PCRS).blob)) | {"pcrs": {str(pcr): v for pcr, v in PCRS.items()}}
+    verify(Evidence(type="tpm", blob=encode(parts)), policy(), REPORT_DATA, NOW)
+    assert code(Evidence(type="tpm", blob=encode(parts | {"more": b""}))) == "evidence-format"
 
 
 def test_collateral_is_refused() -> None:

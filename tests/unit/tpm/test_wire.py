@@ -95,6 +95,12 @@ def test_malformed_responses_are_refused(data: bytes) -> None:
         read()
 
 
+@pytest.mark.parametrize("data", [STARTED + b"\0", STARTED[:5] + b"\x0b" + STARTED[6:], b"\x80\x03" + STARTED[2:]])
+def test_a_wrong_header_is_refused_before_anything_is_read(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match="tag or length"):
+        parse(data, Command.QUOTE)
+
+
 def test_policies_and_pcrs() -> None:
     """Against values that swtpm gave: tests/tpm proves the same with a TPM."""
     zero = pcr_policy({14: bytes(32)})
