@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from cloister.agreement import history
@@ -25,7 +26,7 @@ from cloister.attest.checks import Check
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
 from cloister.attest.policy import AppraisalPolicy
-from cloister.attest.verify import verify
+from cloister.attest.verify import MAX_CLOCK_SKEW_S, verify
 from cloister.crypto.encoding import join
 from cloister.crypto.keys import PartyKey, verify_signature
 from cloister.errors import CloisterError, ProtocolError, VerificationError
@@ -203,7 +204,7 @@ def verify_receipt(
         if policy is not None:
             steps.run("earlier instances", lambda: _check_earlier(body, policy, manifest, allow_simulated))
         steps.run("checkpoints", lambda: _check_chain(receipt, body, parties, manifest))
-    signers = steps.run("countersignatures", lambda: _check_countersignatures(receipt, parties)) or []
+    signers = steps.run("countersignatures", lambda: _check_countersignatures(receipt, body, parties)) or []
     if adapter_sha256 is not None:
         steps.run("adapter", lambda: _check_adapter(body, adapter_sha256))
     return Verdict(checks=steps.checks, claims=claims, body=body, signers=signers)
@@ -300,15 +301,21 @@ def _check_chain(
     )
 
 
-def _check_countersignatures(receipt: Receipt, parties: Mapping[str, bytes]) -> tuple[str, list[str]]:
+def _check_countersignatures(
+    receipt: Receipt, body: Mapping[str, Any], parties: Mapping[str, bytes]
+) -> tuple[str, list[str]]:
     if not parties or set(receipt.countersignatures) != set(parties):
         missing = ", ".join(sorted(set(parties) - set(receipt.countersignatures))) or "a stranger signed"
         raise VerificationError("countersignature", f"not every party countersigned: {missing}")
     for party, (at, signature) in receipt.countersignatures.items():
+        # The evidence is judged by the earliest of these times: a false one could bring back collateral that expired.
+        if at < body["ended"] - MAX_CLOCK_SKEW_S:
+            raise VerificationError("countersignature", "it is dated before the end of the run", where=party)
         message = countersign_message(receipt, at)
         verify_signature(parties[party], COUNTERSIGN_LABEL, message, signature, where=party)
     names = sorted(receipt.countersignatures)
-    return f"vouched for by {', '.join(names)}", names
+    first = datetime.fromtimestamp(min(at for at, _ in receipt.countersignatures.values()), UTC)
+    return f"valid at {first:%Y-%m-%d %H:%M:%S} UTC, vouched for by {', '.join(names)}", names
 
 
 def _check_adapter(body: Mapping[str, Any], adapter_sha256: str) -> tuple[str, None]:

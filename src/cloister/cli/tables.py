@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import singledispatch
 
@@ -119,7 +119,7 @@ def _(output: AttestVerifyReport, width: int) -> RenderableType:
     for name, value in (claims["registers"] | claims["tcb"]).items():
         _add_row(facts, name, value)
     for device in claims["devices"]:
-        _add_row(facts, device["type"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "type"))
+        _add_row(facts, "device", describe_device(device))
     parts.append(facts)
     if not claims["confidential"]:
         parts.append(alarm(f"{output.type.upper()}: it hides nothing from the operator of its machine"))
@@ -283,9 +283,18 @@ def _interval(interval: tuple[float, float] | None, digits: int) -> str:
 
 
 def _banner(attestation: Attestation) -> list[RenderableType]:
+    devices: list[RenderableType] = [Text(f"with {describe_device(device)}") for device in attestation.devices]
     if attestation.hardware and attestation.confidential:
-        return [Text(f"attested by {attestation.type}, measurement {attestation.measurement}")]
-    return [alarm(f"{attestation.type.upper()} ENCLAVE: nothing was protected from the operator of its machine")]
+        return [Text(f"attested by {attestation.type}, measurement {attestation.measurement}"), *devices]
+    return [
+        *devices,
+        alarm(f"{attestation.type.upper()} ENCLAVE: nothing was protected from the operator of its machine"),
+    ]
+
+
+def describe_device(device: Mapping[str, str]) -> str:
+    """An accelerator's facts in one line."""
+    return f"{device['type']}: " + ", ".join(f"{name} {value}" for name, value in device.items() if name != "type")
 
 
 def _warnings(warnings: Iterable[str]) -> list[Text]:

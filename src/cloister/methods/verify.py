@@ -2,9 +2,9 @@
 
 Steps (a step keeps its number whatever happens to the others):
 
-    1 to 8  of the receipt, see `agreement.receipt.verify_receipt`
-    9       adapter: where the folder holds one, its files are byte for byte those that the receipt names
-    10      report: where the folder holds one, report.json names this receipt and shows the receipt's metrics
+    1 to 10 of the receipt, see `agreement.receipt.verify_receipt`
+    11      adapter: where the folder holds one, its files are byte for byte those that the receipt names
+    12      report: where the folder holds one, report.json names this receipt and shows the receipt's metrics
 
 Guarantees, if the verdict is "verified": an enclave that the policy accepts trained exactly this job on exactly the
 bundles that every party signed for, and produced exactly this adapter and these metrics. Without a policy the origin
@@ -34,8 +34,8 @@ from cloister.report.model import RunReport
 from cloister.report.outputs import Signer, VerifyCheck, VerifyReport
 
 STEPS = (
-    "form", "job", "approvals", "manifest", "instance", "evidence", "measurement", "countersignatures",
-    "adapter", "report",
+    "form", "job", "approvals", "manifest", "instance", "evidence", "measurement", "earlier instances", "checkpoints",
+    "countersignatures", "adapter", "report",
 )  # fmt: skip
 NO_POLICY = "none"
 OWN_POLICY = "the run's own insecure test policy"
@@ -56,7 +56,7 @@ def verify_run(path: Path, *, policy: Path | None, insecure_simulated: bool) -> 
     """Check a run folder, a party's folder or a receipt.
 
     Args:
-        path: a folder with receipt.json, or the receipt alone; then steps 9 and 10 are skipped.
+        path: a folder with receipt.json, or the receipt alone; then steps 11 and 12 are skipped.
         policy: the verifier's own. None with `insecure_simulated` takes the folder's policy.toml if, and only if, the
             evidence is simulated.
         insecure_simulated: accept simulated evidence, which proves nothing.
@@ -78,6 +78,8 @@ def verify_run(path: Path, *, policy: Path | None, insecure_simulated: bool) -> 
     found = {check.name: _Found(passed=check.passed, detail=check.reason) for check in verdict.checks}
     if folder is not None:
         found |= _check_folder(folder, verdict.body, unverified)
+    if not set(found) <= set(STEPS):
+        raise RuntimeError("a step of the receipt has no number here")
     listed = [_numbered(n, name, found.get(name), verdict, appraisal) for n, name in enumerate(STEPS, start=1)]
     return _report(path, source, receipt, verdict, listed, appraisal)
 
@@ -152,7 +154,7 @@ def _evidence_type(unverified: bytes) -> str:
 
 
 def _check_folder(folder: Path, body: Mapping[str, Any], receipt: bytes) -> dict[str, _Found]:
-    """Steps 9 and 10, each only where there is something to check."""
+    """Steps 11 and 12, each only where there is something to check."""
     steps: dict[str, tuple[Path, Callable[[], str]]] = {
         "adapter": (folder / "adapter", lambda: _check_adapter(folder / "adapter", body)),
         "report": (folder / "report.json", lambda: _check_report(folder / "report.json", body, receipt)),
@@ -227,10 +229,12 @@ def _numbered(n: int, name: str, found: _Found | None, verdict: Verdict, policy:
     if found is not None:
         return VerifyCheck(n=n, name=name, status="ok" if found.passed else "failed", detail=found.detail)
     detail = f"there is no {name} here"
-    if name == "evidence" or (name == "measurement" and policy is None):
+    if name == "evidence" or (name in ("measurement", "earlier instances") and policy is None):
         detail = "you gave no policy that says which enclaves you accept"
     elif name == "measurement":
         detail = "needs the manifest and the evidence"
+    elif name in ("earlier instances", "checkpoints"):
+        detail = "needs the manifest"
     elif name == "adapter" and _release(verdict.body) == "none":
         detail = 'there is none here: the job says [release] to = "none", it stayed in the enclave'
     return VerifyCheck(n=n, name=name, status="skipped", detail=detail)

@@ -14,4 +14,6 @@ def attestation_of(claims: Claims) -> Attestation:
         confidential=claims.confidential,
         measurement=" ".join(f"{name}={value}" for name, value in sorted(claims.registers.items())),
         policy_sha256=claims.policy_sha256,
+        devices=[dict(device) for device in claims.devices],
+        warnings=list(claims.warnings),
     )

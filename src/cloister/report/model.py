@@ -94,6 +94,10 @@ class Attestation(Part):
     """The hardware also hides memory from the operator (a TPM does not)."""
     measurement: str
     policy_sha256: Sha256
+    devices: list[dict[str, str]] = Field(default_factory=list)
+    """Accelerators that attested together with the enclave: type, identity, firmware, driver."""
+    warnings: list[str] = Field(default_factory=list)
+    """What the evidence does not show, or shows with a reservation."""
 
 
 class Records(Part):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cloister.adapters.files import CONFIG, WEIGHTS, adapter_sha256
+from cloister.agreement.receipt import verify_receipt
 from cloister.attest.backends.simulated import InsecureSimulatedAttester
+from cloister.attest.claims import Claims
+from cloister.attest.policy import AppraisalPolicy
 from cloister.cli import main
+from cloister.cli.tables import render
 from cloister.crypto.keys import fingerprint
 from cloister.errors import JobError, UsageError
 from cloister.methods.verify import NO_POLICY, OWN_POLICY, STEPS, verify_run
@@ -55,7 +63,7 @@ def test_without_a_policy_the_origin_is_not_verified(finished: Finished) -> None
     report = verify_run(finished.out, policy=None, insecure_simulated=False)
     assert (report.verdict, report.policy) == ("integrity only, origin not verified", NO_POLICY)
     assert report.attestation is None
-    assert [c.name for c in report.checks if c.status == "skipped"] == ["evidence", "measurement"]
+    assert [c.name for c in report.checks if c.status == "skipped"] == ["evidence", "measurement", "earlier instances"]
 
 
 def test_the_runs_own_policy_counts_only_for_simulated_evidence_and_on_request(finished: Finished) -> None:
@@ -195,7 +203,7 @@ def test_exit_codes_and_both_outputs(finished: Finished, capsys: pytest.CaptureF
     assert OWN_POLICY in shown
     flip_weights(finished.out / "adapter")
     assert main(["verify", out, "--insecure-simulated"]) == 3
-    assert "REFUSED: failed in step 9 (adapter)" in capsys.readouterr().out
+    assert "REFUSED: failed in step 11 (adapter)" in capsys.readouterr().out
     assert main(["verify", out, "--insecure-simulated", "--json"]) == 3
     report = VerifyReport.model_validate_json(capsys.readouterr().out)
     assert (report.verdict, len(report.checks)) == ("refused", len(STEPS))
@@ -205,6 +213,41 @@ def test_where_nothing_was_released_the_missing_adapter_is_no_fault(tmp_path: Pa
     finished = Finished(tmp_path, base_folder, release="none")
     report = verified(finished)
     assert report.verdict == "verified"
-    assert "stayed in the enclave" in report.checks[8].detail
+    assert "stayed in the enclave" in report.checks[STEPS.index("adapter")].detail
     shutil.copytree(base_folder, finished.out / "adapter")
     assert failed(verified(finished)) == ["adapter"], "and a stray one is not passed over"
+
+
+def test_devices_and_reservations_are_shown(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the claims say besides the measurement reaches the reader, as JSON and as text."""
+    from cloister.agreement import receipt as receipts
+
+    genuine = receipts.verify
+    gpu = {"type": "nvidia-gpu", "identity": "ab" * 32, "driver": "590.12"}
+
+    def with_gpu(*arguments: Any, **more: Any) -> Claims:
+        return dataclasses.replace(genuine(*arguments, **more), devices=(gpu,))
+
+    monkeypatch.setattr(receipts, "verify", with_gpu)
+    report = verified(finished)
+    assert report.attestation is not None
+    assert report.attestation.devices == [gpu]
+    assert any("SIMULATED" in warning for warning in report.attestation.warnings)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(report, 200))
+    text = console.export_text()
+    assert f"nvidia-gpu: identity {'ab' * 32}, driver 590.12" in text
+    assert "warning: SIMULATED" in text
+
+
+def test_every_step_of_the_receipt_is_shown(finished: Finished) -> None:
+    """A failed step that had no number would be a refusal that nobody sees."""
+    data = (finished.out / "receipt.json").read_bytes()
+    verdict = verify_receipt(data, policy=AppraisalPolicy.from_toml(POLICY), adapter_sha256=None, allow_simulated=True)
+    assert [check.name for check in verdict.checks] == list(STEPS[:10])
+    assert [(check.n, check.name) for check in verdict.checks] == list(enumerate(STEPS[:10], start=1))
+    for name in ("history", "ended"):
+        body = json.loads(data)["body"]
+        finished.write_receipt(finished.make_receipt(**{name: None}))
+        report = verified(finished)
+        assert report.verdict == "refused", (name, body[name])

@@ -187,3 +187,14 @@ def test_a_report_with_only_what_is_required_is_drawn() -> None:
 def test_page_is_written_as_utf8(tmp_path: Path) -> None:
     write_html(run_report(), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes().decode("utf-8") == render_html(run_report())
+
+
+def test_devices_and_warnings_of_the_evidence_are_shown_as_text() -> None:
+    report = run_report()
+    device = {"type": "nvidia-gpu", "identity": "ab" * 32, "driver": HOSTILE}
+    attestation = report.attestation.model_copy(update={"devices": [device], "warnings": [f"old firmware {HOSTILE}"]})
+    text = render_html(report.model_copy(update={"attestation": attestation}))
+    page = Page(text)
+    assert f"identity {'ab' * 32}, driver {HOSTILE}" in page.text
+    assert f"old firmware {HOSTILE}" in page.text
+    assert "<script>alert(1)" not in text
