@@ -200,7 +200,7 @@ def test_leaves_that_may_not_sign(ca: NitroCa, options: dict[str, Any]) -> None:
     [
         {"ca": False},
         {"usage": {"key_cert_sign": False}},
-        {"constraints": False},
+        {"constraints": False, "extensions": {"1.2.3": b"\x05\x00"}},
         {"curve": ec.SECP256R1()},
         {"extensions": {"1.2.3": b"\x05\x00"}, "critical": True},
     ],
@@ -219,7 +219,7 @@ def test_a_chain_longer_than_an_issuer_allows(ca: NitroCa) -> None:
 
 
 def test_a_leaf_without_constraints_is_none_of_an_issuer(ca: NitroCa) -> None:
-    leaf = ca.issue(constraints=False)
+    leaf = ca.issue(constraints=False, extensions={"1.2.3": b"\x05\x00"})
     assert verify(ca.with_leaf(leaf), ANY, REPORT_DATA, NOW, roots=ca.roots).type == "nitro"
 
 
@@ -242,3 +242,14 @@ def test_a_document_made_when_its_certificate_was_not_valid(ca: NitroCa) -> None
 
 def test_indefinite_is_what_the_genuine_ones_have(ca: NitroCa) -> None:
     assert indefinite(ca.payload())[:1] == b"\xbf"
+
+
+def test_a_certificate_whose_serial_number_is_negative(ca: NitroCa) -> None:
+    leaf = ca.enclave
+    serial = leaf.certificate.serial_number
+    size = serial.bit_length() // 8 + 1
+    number = serial.to_bytes(size, "big")
+    assert leaf.der.count(number) == 1
+    negative = leaf.der.replace(number, bytes([number[0] | 0x80]) + number[1:])
+    assert code(ca, ca.evidence(certificate=negative)) == "evidence-format"
+    assert code(ca, ca.with_leaf(ca.issue(constraints=False, extensions={}))) == "evidence-format"

@@ -42,8 +42,9 @@ def load(der: bytes) -> x509.Certificate:
     try:
         # The one function that loads certificates without cryptography's warnings about serial numbers.
         certificate, serial = load_certificate(der if der[:1] == b"\x30" else b"\x30")
-        if serial <= 0:
-            raise ValueError("its serial number is not positive")
+        # What the library reads only when asked has to be asked for here, where its errors are expected.
+        if serial <= 0 or not certificate.subject or not certificate.issuer or not list(certificate.extensions):
+            raise ValueError("it has no positive serial number, no name or no extension")
         return certificate
     except PARSE_ERRORS as exc:
         raise VerificationError("evidence-format", f"a certificate is malformed: {exc}") from exc

@@ -1,7 +1,8 @@
 """Reading NVIDIA GPU evidence: JSON around an SPDM measurement report and its certificates, within bounds.
 
 The report (request and response) is signed, the JSON around it is not. So each of its fields must say exactly what
-the signed report says, and base64 and PEM must be the encodings that their content has. Only white space between JSON's values is free.
+the signed report says, and base64 and PEM must be the encodings that their content has. Only white
+space between JSON's values is free.
 
 Source: DMTF DSP0274 1.1.0, sections 10.11.1 and 10.11.2 (GET_MEASUREMENTS, MEASUREMENTS); NVIDIA nvtrust, "local GPU
 verifier", for the opaque data; TCG, "DICE Certificate Profiles", for the FWID.
@@ -83,7 +84,7 @@ def parse(blob: bytes) -> GpuReport:
 
 
 def certified_fwid(leaf: x509.Certificate) -> bytes | None:
-    """The firmware hash that the GPU's hardware wrote into the leaf, 48 bytes. Raises: one of PARSE_ERRORS."""
+    """The firmware hash that the GPU's hardware wrote into the leaf (from `ec_chain.load`), 48 bytes."""
     for extension in leaf.extensions:
         if extension.oid == _DICE_TCB_INFO and isinstance(extension.value, x509.UnrecognizedExtension):
             head, fwid = extension.value.value[: -len(_SHA384_FWID) - 48], extension.value.value[-48:]
