@@ -24,11 +24,10 @@ echo "2. Records of five hospitals"
 write(Path('$here/data'), seed=20260, train=24, test=10)"
 
 echo "3. The policy: this TPM's key, enrolled, and this program"
-{
-  printf '[policy]\naccept = ["tpm"]\n\n'
-  "$bin/cloister" attest enrol --tpm "$tpm" --json | "$bin/python" -c 'import json, sys; print(json.load(sys.stdin)["policy"])'
-  "$bin/python" -m cloister.attest.workload
-} > "$here/policy.toml"
+rm -f "$here/policy.toml"
+"$bin/cloister" attest measure --type tpm --policy-out "$here/policy.toml" > /dev/null
+"$bin/cloister" attest enrol --tpm "$tpm" --json |
+  "$bin/python" -c 'import json, sys; print("\n" + json.load(sys.stdin)["policy"], end="")' >> "$here/policy.toml"
 cat "$here/policy.toml"
 
 echo "4. The job; a TPM hides nothing, so this takes a flag"

@@ -7,9 +7,7 @@ kernel can extend any digest, so a policy names the boot's registers as well.
 For a TPM that is PCR 14. It cannot be reset before the next boot, as PCR 16 and 23 can by any program; and of the PCRs
 that cannot, nobody else uses it where the firmware starts a unified kernel image directly: 0-7 are the firmware's, 8-10
 those of boot loaders and IMA, 11-13 systemd-stub's, 15 systemd's (the UAPI group's "Linux TPM PCR Registry"). Under
-a boot loader with shim choose another one.
-
-    python -m cloister.attest.workload        the policy's table for the program that runs this
+a boot loader with shim choose another one. `cloister attest measure --type tpm` prints the value for a policy.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions
 
-from cloister import __version__
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.encoding import encode
 from cloister.errors import RunError
@@ -66,15 +63,6 @@ def workload_register(workload: Workload | None = None, *, pcr: int = PCR) -> tu
     return f"pcr{pcr}", extended(bytes(32), (workload or this_workload()).digest)
 
 
-def reference_table(*, pcr: int = PCR) -> str:
-    """The [[measurement]] table of a policy that accepts this program, whatever the machine under it has booted."""
-    name, value = workload_register(pcr=pcr)
-    workload = this_workload()
-    what = f"# Cloister's source {workload.source.hex()[:16]}..., {workload.python}, {len(workload.packages)} packages"
-    label = f"cloister {__version__}"
-    return f'{what}\n[[measurement]]\nlabel = "{label}"\ntype = "tpm"\nregisters = {{ {name} = "{value.hex()}" }}\n'
-
-
 def measure_workload(tpm: Tpm, workload: Workload | None = None, *, pcr: int = PCR) -> None:
     """Extend the workload's digest into a PCR, once per boot: again does nothing, other software is refused.
 
@@ -94,7 +82,3 @@ def measure_workload(tpm: Tpm, workload: Workload | None = None, *, pcr: int = P
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-if __name__ == "__main__":
-    print(reference_table(), end="")
