@@ -141,6 +141,12 @@ def test_what_is_no_such_document(vm: AzureVm, blob: bytes) -> None:
     refused("evidence-format", vm, Evidence(type="azure-vtpm", blob=blob))
 
 
+def test_a_document_with_more_blanks_than_anybody_needs(vm: AzureVm) -> None:
+    evidence = vm.evidence()
+    appraise(vm, dataclasses.replace(evidence, blob=evidence.blob.ljust(MAX_BLOB_BYTES)))
+    refused("evidence-format", vm, dataclasses.replace(evidence, blob=evidence.blob.ljust(MAX_BLOB_BYTES + 1)))
+
+
 def _without(document: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in document.items() if k != key}
 

@@ -121,7 +121,8 @@ def test_public_areas_have_one_length(public: bytes) -> None:
             parse_public(public[:size])
         assert caught.value.code in {"evidence-format", "tpm-key"}
     refused("evidence-format", lambda: parse_public(public + b"\0"))
-    refused("evidence-format", lambda: parse_public(public + bytes(4096)))
+    assert "too long" in refused("evidence-format", lambda: parse_public(public + bytes(4096)))
+    assert "truncated" in refused("evidence-format", lambda: parse_public(public[:-1]))
 
 
 def test_an_authorisation_policy_changes_nothing_but_the_name() -> None:
@@ -273,4 +274,5 @@ def test_quotes_have_one_length() -> None:
             verify(message[:size])
         assert caught.value.code in {"evidence-format", "tpm-quote"}
     refused("evidence-format", lambda: verify(message + b"\0"))
+    assert "truncated" in refused("evidence-format", lambda: verify(message[:-1]))
     refused("evidence-format", lambda: verify(attest(PCRS, extra_data=bytes(67))))
