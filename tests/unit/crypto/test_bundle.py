@@ -16,9 +16,12 @@ from cloister.crypto.bundle import (
     BundleWriter,
     SealedReader,
     UnverifiedHeader,
+    VerifiedBundle,
     read_header,
     verify_bundle,
 )
+from cloister.crypto.bundle import writer as writer_module
+from cloister.crypto.bundle.scan import BundleScanner
 from cloister.crypto.keys import DataKey, PartyKey
 from cloister.errors import CapacityError, DataError, VerificationError
 from tests.unit.crypto.bundles import CHUNK, JOB, PARTY, header, slow_read, verify, write
@@ -310,3 +313,17 @@ def test_other_fields_of_a_header_change_its_hash() -> None:
     ]
     assert len({base.hash} | {h.hash for h in others}) == 5
     assert isinstance(base, BundleHeader)
+
+
+def test_a_scan_that_is_not_done_gives_no_bundle(tmp_path: Path) -> None:
+    scanner = BundleScanner(header(), KEY.public)
+    with pytest.raises(RuntimeError, match="not done"):
+        VerifiedBundle.from_scan(tmp_path / "b", header(), 0, scanner)
+
+
+def test_renames_are_not_synced_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(writer_module.os, "name", "nt")
+    monkeypatch.setattr(writer_module.os, "open", lambda *path: opened.append(path))
+    writer_module.sync_folder(tmp_path / "b")
+    assert opened == []
