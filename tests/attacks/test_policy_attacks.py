@@ -418,10 +418,11 @@ def test_15_a_machine_that_hides_nothing_gets_no_data(tmp_path: Path) -> None:
 def test_15_a_manifest_that_the_parties_did_not_sign(honest: tuple[TdxStage, Receipt]) -> None:
     _, receipt = honest
     body = json.loads(receipt.body)
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"manifest_signatures": {}},
         {"manifest_signatures": {**body["manifest_signatures"], "north": "00" * 64}},
         {"manifest": body["manifest"].replace(body["manifest"][-8:], "00000000")},
-    ):
+    )
+    for change in changes:
         altered = json.dumps(body | change, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
         assert "manifest" in failed(replace(receipt, body=altered))
