@@ -81,7 +81,7 @@ def _run(name: str, seconds: int, folder: Path) -> Outcome:
     executions = _number(r"stat::number_of_executed_units:\s+(\d+)", text) or _number(r"executions: (\d+)", text)
     elapsed = _number(r"Done \d+ runs in (\d+) second", text) or elapsed
     covered = [int(n) for n in re.findall(r"\bcov: (\d+)", text)]
-    findings = len(list((folder / "findings").iterdir()))
+    findings = len({path.stem for path in (folder / "findings").iterdir()})
     return Outcome(
         executions=executions,
         seconds=elapsed,

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 from cloister.attest.vendor_files import READERS
 from cloister.attest.verify import DEVICE_VERIFIERS, VERIFIERS
-from tests.evidence import EVIDENCE
+from tests.evidence import EVIDENCE, needs_evidence, sample
 from tests.fuzz.frames import pack, unpack
 from tests.fuzz.mutate import inputs
 from tests.fuzz.targets import TARGETS
@@ -49,3 +49,14 @@ def test_frames() -> None:
     assert unpack(pack(b"a", b"", b"rest"), 3) == [b"a", b"", b"rest"]
     assert unpack(b"\xff\xff\xff\xffabc", 2) == [b"abc", b""]
     assert unpack(b"", 3) == [b"", b"", b""]
+
+
+@needs_evidence
+def test_a_document_of_the_year_10868() -> None:
+    """Found by fuzzing: its time is a number that no calendar has."""
+    genuine = sample("nitro/nitro_prod_2025.cbor")
+    at = genuine.index(b"itimestamp") + len(b"itimestamp")
+    assert genuine[at] == 0x1B
+    later = genuine[: at + 1] + (280_812_200_000_000).to_bytes(8, "big") + genuine[at + 9 :]
+    assert TARGETS["nitro"].try_once(pack(genuine, b"", b""))
+    assert not TARGETS["nitro"].try_once(pack(later, b"", b""))
