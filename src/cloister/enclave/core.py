@@ -210,7 +210,7 @@ class EnclaveCore:
         wrapped = fields.table("wrapped")
         signature = fields.blob("signature", size=64)
         start = Start.from_bytes(fields.blob("start", max_size=1024))
-        share_from, share = fields.blob("share_from", max_size=16), fields.blob("share", max_size=4096)
+        share_from, wrapped_share = fields.blob("share_from", max_size=16), fields.blob("share", max_size=4096)
         fields.end()
         if self.manifest is None:
             raise ProtocolError("data keys came before the manifest", where=party)
@@ -221,9 +221,10 @@ class EnclaveCore:
         message = keys_message(manifest_sha256=digest, instance_id=self.instance_id, wrapped=wrapped)
         verify_signature(state.public_key, KEYS_LABEL, message, signature, where=party)
         data_keys = {kind: self._unwrap(party, kind, digest, blob) for kind, blob in wrapped.items()}
-        if share:
+        share = None
+        if wrapped_share:
             info = share_info(manifest_sha256=digest, instance_id=self.instance_id, made_by=share_from, party=party)
-            share = self.hpke_key.unwrap(share, info)
+            share = self.hpke_key.unwrap(wrapped_share, info)
         with self._news:
             self.lineage.check_consent(party, start, share_from, share)
             self.lineage.consent(party, start, share)

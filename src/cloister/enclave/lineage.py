@@ -154,8 +154,8 @@ class Lineage:
         """All that are known from disk and parties, so that a party sees whether its memory is behind."""
         return [certificate.to_bytes() for certificate in self._certificates.values()]
 
-    def check_consent(self, party: str, start: Start, made_by: bytes, share: bytes) -> None:
-        """Check a party's consent and its share of the key that opens what is offered (empty: it has none).
+    def check_consent(self, party: str, start: Start, made_by: bytes, share: bytes | None) -> None:
+        """Check a party's consent and its share of the key that opens what is offered (None: it has none).
 
         Raises:
             VerificationError: "signature", "checkpoint", "share-epoch", "share".
@@ -170,7 +170,7 @@ class Lineage:
         if start.position != self.offered:
             message = f"the party consents to {start.position}, offered is {self.offered}"
             raise VerificationError("checkpoint", message, where=party)
-        if not share:
+        if share is None:
             return
         if self._stored is None or made_by != self._stored.seal.instance_id:
             raise VerificationError(
@@ -180,10 +180,10 @@ class Lineage:
         context = share_context(job_id=self._job_id, instance_id=made_by, party=party)
         check_share(share, context, record.commitments.get(party, b""), holder=party)
 
-    def consent(self, party: str, start: Start, share: bytes) -> None:
+    def consent(self, party: str, start: Start, share: bytes | None) -> None:
         """Note what `check_consent` has passed."""
         self._starts[party] = start
-        if share:
+        if share is not None:
             self._shares[party] = share
 
     @property

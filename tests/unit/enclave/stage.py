@@ -49,10 +49,12 @@ def claims_of(source: Attester, policy: AppraisalPolicy = POLICY) -> Claims:
     return verify(source.collect(bytes(64)), policy, bytes(64), now(), allow_simulated=True)
 
 
-def canonical_job(keys: dict[str, PartyKey], *, name: str = "tiny", policy: AppraisalPolicy = POLICY) -> bytes:
+def canonical_job(
+    keys: dict[str, PartyKey], *, name: str = "tiny", policy: AppraisalPolicy = POLICY, quorum: int | None = None
+) -> bytes:
     parties = [{"name": party, "public_key": key.public.hex()} for party, key in keys.items()]
-    content = {"job": {"job": {"name": name}, "party": parties}, "policy_sha256": policy.sha256}
-    return canonical_json(content)
+    job = {"job": {"name": name}, "party": parties, "checkpoint": {"quorum": quorum}}
+    return canonical_json({"job": job, "policy_sha256": policy.sha256})
 
 
 @dataclass
@@ -79,12 +81,13 @@ class Stage:
 
     folder: Path
     names: tuple[str, ...] = PARTIES
+    quorum: int | None = None
     keys: dict[str, PartyKey] = field(default_factory=dict)
     sealed: dict[str, SealedParty] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.keys = {name: PartyKey.generate() for name in self.names}
-        self.canonical = canonical_job(self.keys)
+        self.canonical = canonical_job(self.keys, quorum=self.quorum)
         self.job_id = hashlib.sha256(self.canonical).hexdigest()
         self.parties = {name: key.public for name, key in self.keys.items()}
         for name in self.names:
@@ -128,7 +131,7 @@ class Stage:
             "claims": changes.get("claims") or claims_of(source),
             "recipients": frozenset({"north"}),
             "checkpoints": CheckpointFolder(self.folder / store / "checkpoints"),
-            "quorum": len(self.names),
+            "quorum": self.quorum or len(self.names),
             "query": lambda party, method, fields: {},
             "clock": now,
         }
@@ -146,6 +149,7 @@ class Stage:
             "allow_simulated": True,
             "memory": self.folder / f"{party}.manifest",
             "clock": now,
+            "quorum": self.quorum,
         }
         return PartyClient(**(values | changes))
 
