@@ -19,7 +19,7 @@ from typing import Any
 from cryptography import x509
 
 from cloister.attest.backends import tpm
-from cloister.attest.backends.sev_snp_certs import pack_collateral
+from cloister.attest.backends.sev_snp_certs import pack_collateral, parse_certificate_table
 from cloister.attest.backends.sev_snp_report import REPORT_BYTES
 from cloister.attest.backends.tpm_quote import rsassa_signature
 from cloister.attest.evidence import MAX_DEVICES, Evidence
@@ -110,12 +110,6 @@ def _read_quote(kind: str, files: Files) -> tuple[Evidence, ...]:
 
 _MESSAGE_HEADER_BYTES = 32
 """Of MSG_REPORT_RSP: status, size, reserved (SEV-SNP ABI, table 25)."""
-_GUID_BYTES, _ENTRY_BYTES = 16, 24
-_CERTIFICATE_GUIDS = {
-    "63da758de6644564adc5f4b93be8accd": "vcek",
-    "a8074bc2a25a483eaae639c045a0b8a1": "vlek",
-    "92f81bc3580940789f4b3c2a9a9a9a9a": "",
-}
 
 
 def _read_snp(files: Files) -> tuple[Evidence, ...]:
@@ -142,23 +136,12 @@ def _snp_collateral(leaf: bytes, collateral: bytes) -> bytes:
 
 
 def _from_table(table: bytes) -> bytes:
-    """The leaf in the certificate table of an extended report (GHCB specification, SNP Extended Guest Request)."""
-    for at in range(0, len(table) - _ENTRY_BYTES + 1, _ENTRY_BYTES):
-        guid, offset, length = table[at : at + 16], *_two_numbers(table[at + 16 : at + 24])
-        if not any(guid):
-            break
-        if _CERTIFICATE_GUIDS.get(_guid(guid)):
-            return table[offset : offset + length]
-    return b""
-
-
-def _two_numbers(data: bytes) -> tuple[int, int]:
-    return int.from_bytes(data[:4], "little"), int.from_bytes(data[4:], "little")
-
-
-def _guid(data: bytes) -> str:
-    """Hex as it is written; the first three groups are stored little endian."""
-    return (data[3::-1] + data[5:3:-1] + data[7:5:-1] + data[8:]).hex()
+    """The leaf in the certificate table of an extended report; nothing if there is no such table."""
+    try:
+        found = parse_certificate_table(table) if table else {}
+    except VerificationError:
+        return b""
+    return found.get("vcek") or found.get("vlek") or b""
 
 
 # AWS ------------------------------------------------------------------------------------------------------------------

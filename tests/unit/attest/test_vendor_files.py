@@ -100,9 +100,11 @@ def table(*entries: tuple[str, bytes]) -> bytes:
     """A certificate table: GUID, offset, length each; an empty entry; the certificates."""
     head, body, start = b"", b"", 24 * (len(entries) + 1)
     for guid, content in entries:
-        raw = bytes.fromhex(guid.replace("-", ""))
-        stored = raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:]
-        head += stored + (start + len(body)).to_bytes(4, "little") + len(content).to_bytes(4, "little")
+        head += (
+            bytes.fromhex(guid.replace("-", ""))
+            + (start + len(body)).to_bytes(4, "little")
+            + len(content).to_bytes(4, "little")
+        )
         body += content
     return head + bytes(24) + body
 
