@@ -40,6 +40,7 @@ SIMULATED = "simulated"
 
 _POLICY_KEYS = ("accept", "insecure_simulated", "max_age_s", "measurements")
 _MEASUREMENT_KEYS = ("label", "type", "registers")
+_AZURE_ANCHORS = {"snp_measurement", "snp_id_key_digest"}
 _TYPE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _HEX = re.compile(r"([0-9a-fA-F]{2}){1,64}")
 
@@ -56,6 +57,9 @@ class ReferenceValue:
     def __post_init__(self) -> None:
         if not self.registers:
             raise ValueError("a reference value needs at least one register")
+        if self.type == "azure-vtpm" and not _AZURE_ANCHORS & self.registers.keys():
+            # The PCRs are a virtual TPM's: they mean nothing unless the program that emulates it is pinned too.
+            raise ValueError(f"a measurement of type azure-vtpm must name {' or '.join(sorted(_AZURE_ANCHORS))}")
         object.__setattr__(self, "registers", MappingProxyType(dict(self.registers)))
 
 

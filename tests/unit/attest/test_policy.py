@@ -55,6 +55,11 @@ def test_defaults_deny() -> None:
         ("[policy]\naccept = []\n[[measurement]]", "measurement 1.registers", "missing"),
         ('[policy]\naccept = []\n[[measurement]]\nlabel="a"\ntype="tdx"\nregisters={}', "registers", "at least one"),
         ('[policy]\naccept = []\n[[measurement]]\nlabel="a"\ntype="tdx"\nregisters={a="0"}', "registers.a", "hex"),
+        (
+            '[policy]\naccept = []\n[[measurement]]\nlabel="a"\ntype="azure-vtpm"\nregisters={pcr4="00"}',
+            "[policy]",
+            "must name snp_id_key_digest or snp_measurement",
+        ),
         ('[policy]\naccept = []\n[tdx]\nstatuses = ["Revoked"]', "[tdx] statuses.0", "Input should be"),
         ("[policy]\naccept = []\n[tdx]\nstatus = []", "[tdx] status", "Extra inputs"),
         ("[policy]\naccept = []\n[sev-snp.min_tcb]\nsnp = 256", "[sev-snp] min_tcb.snp", "less than"),
