@@ -195,6 +195,15 @@ def test_another_vendors_type_is_refused(cloister: Cloister) -> None:
         assert (code, report.type) == (3, kind)
 
 
+@needs_evidence
+def test_one_gpu_counts_once(cloister: Cloister, tmp_path: Path) -> None:
+    (entry,) = json.loads((EVIDENCE / "nvidia/hopper_gpu_evidence.json").read_bytes())
+    (tmp_path / "two").write_text(json.dumps([entry, entry]))
+    call = ("--type", "nvidia-gpu", "--policy", "any.toml", "--at", 1_765_000_000)
+    code, report = verify(cloister, *call, evidence="two")
+    assert (code, report.error_code, report.checks[-1].name) == (3, "devices", "devices differ")
+
+
 # show -----------------------------------------------------------------------------------------------------------------
 
 
