@@ -25,7 +25,7 @@ ENCLAVE_TASKS = {
     "attester": r"|the simulation, which protects nothing",
     "hashing the model": "",
     "loading latter layers": "",
-    "waiting for parties": r"((north|south) \((approval|data keys|[a-z, ]+ bundle)\)(, )?)*",
+    "waiting for parties": r"((north|south) \((approval|data keys|share of the sealing key|[a-z, ]+ bundle)\)(, )?)*",
     "training": r"",
     "scoring test sets": "",
     "handing out results": "",

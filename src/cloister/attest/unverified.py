@@ -45,7 +45,7 @@ _TDX = {
     "rtmr0": (328, 48), "rtmr1": (376, 48), "rtmr2": (424, 48), "rtmr3": (472, 48),
 }  # fmt: skip
 _TDX_REPORT_DATA, _SGX_REPORT_DATA = slice(520, 584), slice(320, 384)
-_SGX = {"mr_enclave": (64, 32), "mr_signer": (128, 32), "isv_prod_id": (256, 2)}
+_SGX = {"mr_enclave": (64, 32), "mr_signer": (128, 32), "config_id": (192, 64), "isv_prod_id": (256, 2)}
 _TDX_DEBUG, _SGX_DEBUG = 0x01, 0x02
 """In the first byte of the attributes."""
 

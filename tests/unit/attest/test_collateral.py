@@ -21,6 +21,7 @@ from cloister.attest.policy import AppraisalPolicy
 from cloister.attest.verify import inspect
 from cloister.errors import ProtocolError, TransportError, UsageError, VerificationError
 from cloister.methods.attest import Paths, fetch_collateral, verify_evidence
+from tests.attest_ca import dcap_ca, snp_ca
 from tests.evidence import needs_evidence, sample
 
 TDX_AT, SNP_AT = 1_751_000_000, 1_765_000_000
@@ -290,3 +291,25 @@ def test_an_snp_report_with_what_was_fetched(vendor: Vendor, tmp_path: Path) -> 
         collateral_for(report, Fetcher(services=vendor.services))
     leaf = parse_collateral(pack_collateral(leaf=sample("snp/milan_vcek.der")))
     assert (leaf.product, leaf.kind) == ("Milan", "vcek")
+
+
+def test_a_quote_whose_certificate_names_no_platform(vendor: Vendor) -> None:
+    ca = dcap_ca.shared_ca()
+    for chain in (
+        dcap_ca.pem(ca.root, ca.pck_ca, ca.root).encode() + b"\0",
+        dcap_ca.pem(ca.pck, ca.pck_ca, ca.root).replace(dcap_ca.pem(ca.pck)[28:60], "A" * 32).encode() + b"\0",
+    ):
+        with pytest.raises(VerificationError) as refused:
+            collateral_for(ca.tdx(chain=chain, collateral=b""), Fetcher(services=vendor.services))
+        assert refused.value.code == "evidence-format"
+    assert vendor.asked == []
+
+
+def test_a_turin_chip_has_its_own_address(vendor: Vendor) -> None:
+    ca = snp_ca.SnpCa("Turin")
+    chip = snp_ca.CHIP_IDS["Turin"].hex()
+    vendor.put(f"/amd/vcek/v1/Turin/{chip}?fmcSPL=02&blSPL=04&teeSPL=01&snpSPL=24&ucodeSPL=219", ca.vcek.der)
+    vendor.put("/amd/vcek/v1/Turin/crl", b"a list")
+    report = Evidence(type="sev-snp", blob=ca.evidence().blob)
+    collateral = collateral_for(report, Fetcher(services=vendor.services))
+    assert collateral == pack_collateral(leaf=ca.vcek.der, crl=b"a list")
