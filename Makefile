@@ -40,7 +40,7 @@ test-tpm: setup ## run the tests against a software TPM (swtpm)
 
 coverage: setup ## branch coverage of attest, channel and crypto by unit and attack tests: 100 % or it fails
 	$(BIN)/python -m pytest -p no:xdist -m 'not slow' --cov --cov-report=term-missing:skip-covered \
-	  tests/unit/attest tests/unit/channel tests/unit/crypto tests/attacks tests/fuzz
+	  tests/unit/attest tests/unit/channel tests/unit/crypto tests/attacks
 
 TARGET ?=
 SECONDS ?= 600
