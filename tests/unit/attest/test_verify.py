@@ -23,7 +23,7 @@ from cloister.attest.binding import instance_report_data, session_report_data
 from cloister.attest.claims import Claims, Report
 from cloister.attest.evidence import Evidence
 from cloister.attest.policy import AppraisalPolicy, ReferenceValue
-from cloister.attest.verify import VERIFIERS, verify
+from cloister.attest.verify import VERIFIERS, inspect, verify
 from cloister.errors import VerificationError
 
 NOW = 1_800_000_000
@@ -94,6 +94,21 @@ def test_binding() -> None:
     assert {code(collect(report_data=other)) for other in others} == {"binding"}
     with pytest.raises(ValueError, match="64"):
         verify(collect(), POLICY, REPORT_DATA[:32], NOW, allow_simulated=True)
+
+
+def test_inspected_report_data_may_be_filled_up_with_zeros() -> None:
+    """As `cloister attest collect` does with what is shorter than 64 bytes; anything else there is refused."""
+    evidence = collect(report_data=b"nonce".ljust(64, b"\0"))
+    assert inspect(evidence, POLICY, b"nonce", NOW).report_data == evidence_data(evidence)
+    for other in (b"nonc", b"nonce\1", b"", REPORT_DATA):
+        with pytest.raises(VerificationError) as refused:
+            inspect(evidence, POLICY, other, NOW)
+        assert refused.value.code == "binding"
+
+
+def evidence_data(evidence: Evidence) -> str:
+    """What the simulated attester signed, hex."""
+    return inspect(evidence, POLICY, None, NOW).report_data
 
 
 @pytest.mark.parametrize(("age_s", "refused"), [(0, False), (300, False), (301, True), (-60, False), (-61, True)])
