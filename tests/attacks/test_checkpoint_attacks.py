@@ -22,9 +22,11 @@ from cloister.agreement.checkpoint import (
     ShareRecord,
     Start,
     checkpoint_message,
+    lineage_nonce,
     share_info,
 )
 from cloister.agreement.receipt import Receipt, body_bytes, verify_receipt
+from cloister.attest.binding import instance_report_data
 from cloister.attest.policy import AppraisalPolicy
 from cloister.crypto.hpke import wrap
 from cloister.crypto.keys import PartyKey
@@ -743,6 +745,10 @@ def _seal(change: Callable[[Seal], Seal], at: int = 1) -> Callable[[dict[str, An
         lambda history: history["chain"][0]["signatures"].update(north="00" * 64),
         lambda history: history["earlier"].append(history["earlier"][0]),
         _seal(lambda seal: replace(seal, step=7)),
+        lambda history: (
+            _seal(lambda seal: replace(seal, step=7), 2)(history),
+            history["chain"][2].update(signatures={}),
+        ),
         _seal(lambda seal: replace(seal, content=bytes(32))),
         _seal(lambda seal: replace(seal, job_id="00" * 32)),
     ],
@@ -758,6 +764,44 @@ def test_a_history_that_is_not_one_chain(
     verdict = verify_receipt(forged.to_bytes(), policy=POLICY, adapter_sha256=None, allow_simulated=True)
     assert "checkpoints" in [check.name for check in verdict.checks if not check.passed]
     assert stage.names
+
+
+def test_consent_to_another_place_in_the_chain(restarted: tuple[Stage, Receipt]) -> None:
+    stage, receipt = restarted
+    body = json.loads(receipt.body)
+    sha256 = hashlib.sha256(bytes.fromhex(body["manifest"])).digest()
+    start = Start.from_bytes(bytes.fromhex(body["history"]["starts"][1]["north"]))
+    first = Seal.from_bytes(bytes.fromhex(body["history"]["chain"][0]["seal"])).position
+    assert start.position.number == 2
+    for place, expected in ((start.position, []), (first, ["checkpoints"])):
+        consent = replace(start, position=place).signed(
+            stage.keys["north"], job_id=stage.job_id, manifest_sha256=sha256, instance_id=receipt.instance.id
+        )
+        body["history"]["starts"][1]["north"] = consent.to_bytes().hex()
+        forged = replace(receipt, body=body_bytes(body))
+        verdict = verify_receipt(forged.to_bytes(), policy=POLICY, adapter_sha256=None, allow_simulated=True)
+        assert [c.name for c in verdict.checks if not c.passed and c.name == "checkpoints"] == expected
+
+
+def test_an_earlier_instance_of_another_program_under_a_policy_that_takes_any(
+    restarted: tuple[Stage, Receipt],
+) -> None:
+    _, receipt = restarted
+    body = json.loads(receipt.body)
+    entry = body["history"]["earlier"][0]
+    report_data = instance_report_data(
+        job_id=body["job_id"],
+        instance_id=bytes.fromhex(entry["id"]),
+        signing_key=bytes.fromhex(entry["signing_key"]),
+        hpke_key=bytes.fromhex(entry["hpke_key"]),
+        nonce=lineage_nonce(hashlib.sha256(bytes.fromhex(body["manifest"])).digest()),
+    )
+    lax = AppraisalPolicy.insecure_simulated_only()
+    for measurement, passes in ((b"m" * 32, True), (b"x" * 32, False)):
+        entry["evidence"] = attester(measurement).collect(report_data).to_bytes().hex()
+        forged = replace(receipt, body=body_bytes(body))
+        verdict = verify_receipt(forged.to_bytes(), policy=lax, adapter_sha256=None, allow_simulated=True)
+        assert next(check for check in verdict.checks if check.name == "earlier instances").passed == passes
 
 
 def test_an_earlier_instance_that_ran_something_else_or_at_another_time(restarted: tuple[Stage, Receipt]) -> None:
