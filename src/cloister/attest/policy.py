@@ -77,8 +77,8 @@ class AppraisalPolicy:
     def __post_init__(self) -> None:
         if SIMULATED in self.accept and not self.insecure_simulated:
             raise ValueError("accepting simulated evidence needs insecure_simulated = true")
-        if self.max_age_s < 1:
-            raise ValueError("max_age_s must be at least 1")
+        if not 1 <= self.max_age_s < 2**31:
+            raise ValueError(f"max_age_s must be from 1 to {2**31 - 1}")
         if self.any_measurement and self.reference_values:
             raise ValueError('measurements = "any" and [[measurement]] exclude each other')
 

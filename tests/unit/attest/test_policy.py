@@ -50,6 +50,7 @@ def test_defaults_deny() -> None:
         ('[policy]\naccept = []\ninsecure_simulated = "true"', "policy.insecure_simulated", "bool"),
         ("[policy]\naccept = []\nmax_age_s = true", "policy.max_age_s", "int"),
         ("[policy]\naccept = []\nmax_age_s = 0", "[policy]", "max_age_s"),
+        ("[policy]\naccept = []\nmax_age_s = 99999999999999999999", "[policy]", "max_age_s"),  # found by fuzzing
         ('[policy]\naccept = []\nmeasurements = "none"', "policy.measurements", "any"),
         ("[policy]\naccept = []\nmeasurements = true", "policy.measurements", "any"),
         ("[policy]\naccept = []\n[[measurement]]", "measurement 1.registers", "missing"),
