@@ -30,12 +30,16 @@ from cloister.crypto.encoding import Value, encode
 from cloister.crypto.hpke import HpkeKey, wrap
 from cloister.crypto.keys import PartyKey
 from cloister.crypto.sealing import SealingKey
+from cloister.data.activations import Schema
+from cloister.data.payload import write_payload
+from cloister.data.tokens import Example
 from cloister.errors import VerificationError
 from cloister.jobfile.resolve import canonical_json
 from tests.attest_ca import dcap_ca, snp_ca, tpm_ca
 from tests.evidence import EVIDENCE, sample
 from tests.fuzz.frames import pack
 from tests.unit.channel import peers
+from tests.unit.data.tiny_packs import random_pack
 
 POLICY = AppraisalPolicy.insecure_simulated_only(peers.MEASUREMENT)
 HPKE_KEY = HpkeKey.generate()
@@ -356,6 +360,20 @@ def wrapped_keys() -> list[bytes]:
 
 def sealed_states() -> list[bytes]:
     return [SealingKey(bytes(32)).seal(text, salt=bytes(32), purpose=b"fuzz") for text in (b"", b"state")]
+
+
+PACK_SCHEMA = Schema(activation_dtype="int8", hidden=8, vocabulary=97, max_tokens=40)
+
+
+def payloads() -> list[bytes]:
+    """Two packs with examples; one pack without."""
+    example = Example(id="a", task="t", response_bytes=3, response_role=1, choice_bytes=(2, 3), answer=0)
+    found = []
+    for packs, examples in (([[3, 4], [5]], [example, example, example]), ([[2]], [])):
+        out = bytearray()
+        write_payload(out.extend, [random_pack(p, 97, hidden=8) for p in packs], examples, "int8")
+        found.append(bytes(out))
+    return found
 
 
 # Sessions -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import grpc
+import torch
 
 from cloister.agreement import Manifest, checkpoint
 from cloister.agreement.receipt import Receipt, verify_receipt
@@ -35,6 +36,7 @@ from cloister.crypto.bundle.scan import BundleScanner
 from cloister.crypto.encoding import Fields, decode, encode
 from cloister.crypto.hpke import HpkeKey, wrap
 from cloister.crypto.sealing import SealingKey
+from cloister.data.payload import Payload
 from cloister.errors import CloisterError, JobError, ProtocolError, VerificationError
 from cloister.tpm.commands import Tpm
 from cloister.tpm.wire import RH_OWNER, TpmError
@@ -254,6 +256,19 @@ def _bundle_scan(data: bytes) -> None:
         raise VerificationError("truncated", "the bundle ends before its end")
 
 
+def _payload(data: bytes) -> None:
+    """What a party sealed: the enclave reads the index, the table of examples and every pack."""
+
+    def read(offset: int, length: int) -> bytes:
+        _expect(offset >= 0 and 0 <= length <= len(data) - offset, "a read outside the payload")
+        return data[offset : offset + length]
+
+    payload = Payload.open(read, len(data), seeds.PACK_SCHEMA, torch.float32, "party n")
+    payload.examples()
+    for index in range(len(payload)):
+        payload[index]
+
+
 def _wrapped(data: bytes) -> None:
     seeds.HPKE_KEY.unwrap(data, b"info")
 
@@ -397,6 +412,7 @@ TARGETS: Mapping[str, Target] = {
     "vendor-file": Target(run=_vendor_file, seeds=seeds.vendor_files, max_bytes=1 << 17),
     "bundle-header": Target(run=read_header, seeds=seeds.bundle_heads),
     "bundle-scan": Target(run=_bundle_scan, seeds=seeds.bundle_tails),
+    "payload": Target(run=_payload, seeds=seeds.payloads, max_bytes=1 << 14),
     "wrapped-key": Target(run=_wrapped, seeds=seeds.wrapped_keys, max_bytes=2048),
     "hpke-key": Target(run=_key, seeds=lambda: [seeds.HPKE_KEY.public], max_bytes=2048),
     "sealed-state": Target(run=_sealed_state, seeds=seeds.sealed_states),
