@@ -99,7 +99,7 @@ def _number(pattern: str, text: str) -> int:
 # In the process that fuzzes -------------------------------------------------------------------------------------------
 
 
-class _Findings:
+class Findings:
     """Keeps what must not have happened, once for each place, and lets the run go on."""
 
     def __init__(self, try_once: Callable[[bytes], object], folder: Path) -> None:
@@ -144,7 +144,7 @@ def _child(name: str, seconds: int, folder: Path) -> int:
         "-len_control=0",
     ]
     atheris.Setup(
-        [name, *flags, str(folder / "corpus"), str(folder / "seeds")], _Findings(target.try_once, folder / "findings")
+        [name, *flags, str(folder / "corpus"), str(folder / "seeds")], Findings(target.try_once, folder / "findings")
     )
     atheris.Fuzz()  # ends the process
     return 0
@@ -158,7 +158,7 @@ def _with_hypothesis(name: str, seconds: int, folder: Path) -> int:
 
     target = TARGETS[name]
     (folder / "findings").mkdir(parents=True, exist_ok=True)
-    run, end, number = _Findings(target.try_once, folder / "findings"), time.monotonic() + seconds, 0
+    run, end, number = Findings(target.try_once, folder / "findings"), time.monotonic() + seconds, 0
     while time.monotonic() < end:
         number += 1
         quiet = settings(

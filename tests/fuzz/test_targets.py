@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cloister.attest.vendor_files import READERS
 from cloister.attest.verify import DEVICE_VERIFIERS, VERIFIERS
 from tests.evidence import EVIDENCE, needs_evidence, sample
+from tests.fuzz.__main__ import Findings
 from tests.fuzz.frames import pack, unpack
 from tests.fuzz.mutate import inputs
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import TARGETS, Target
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -60,3 +63,18 @@ def test_a_document_of_the_year_10868() -> None:
     later = genuine[: at + 1] + (280_812_200_000_000).to_bytes(8, "big") + genuine[at + 9 :]
     assert TARGETS["nitro"].try_once(pack(genuine, b"", b""))
     assert not TARGETS["nitro"].try_once(pack(later, b"", b""))
+
+
+def test_a_finding_is_kept_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    def broken(data: bytes) -> None:
+        if len(data) < 3:
+            raise KeyError(data)
+        raise IndexError(data)
+
+    target = Target(run=broken, seeds=list)
+    run = Findings(target.try_once, tmp_path)
+    for data in (b"a", b"bb", b"ccc", b"dddd"):
+        run(data)
+    assert run.executions == 4
+    assert sorted(path.read_bytes() for path in tmp_path.glob("*.bin")) == [b"a", b"ccc"]
+    assert len(list(tmp_path.glob("*.txt"))) == 2
