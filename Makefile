@@ -38,7 +38,7 @@ test-tpm: setup ## run the tests against a software TPM (swtpm)
 	  "apt install swtpm swtpm-tools (Fedora: dnf install swtpm swtpm-tools)" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/tpm -m tpm
 
-coverage: setup ## branch coverage of attest, channel and crypto by unit and attack tests: 100 % or it fails
+coverage: setup ## branch coverage of attest, channel, crypto: 100 % or it fails; needs the samples of tests/evidence.py
 	$(BIN)/python -m pytest -p no:xdist -m 'not slow' --cov --cov-report=term-missing:skip-covered \
 	  tests/unit/attest tests/unit/channel tests/unit/crypto tests/attacks
 
