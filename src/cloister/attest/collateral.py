@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from dcap_qvl import parse_pck_extension_from_pem
 
 from cloister.attest.backends import dcap_quote
+from cloister.attest.backends.ec_chain import PARSE_ERRORS
 from cloister.attest.backends.sev_snp import product_line
 from cloister.attest.backends.sev_snp_certs import pack_collateral, parse_collateral
 from cloister.attest.backends.sev_snp_report import SnpReport, parse_report, parse_tcb
@@ -173,7 +174,7 @@ def _intel(evidence: Evidence, fetcher: Fetcher) -> bytes:
         leaf = x509.load_der_x509_certificate(quote.chain[0])
         issuer = "platform" if "Platform" in leaf.issuer.rfc4514_string() else "processor"
         fmspc = parse_pck_extension_from_pem(leaf.public_bytes(Encoding.PEM)).fmspc.hex()
-    except ValueError as exc:
+    except PARSE_ERRORS as exc:
         raise VerificationError("evidence-format", "the quote's certificate names no platform (FMSPC)") from exc
     base = f"{fetcher.services.intel}/{{}}/certification/v4"
     crl = fetcher.get(f"{base.format('sgx')}/pckcrl?ca={issuer}&encoding=der")

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from cloister.attest.backends.ec_chain import PARSE_ERRORS
 from cloister.attest.backends.tpm_quote import Cursor, parse_public, rsa_public_key
 from cloister.errors import VerificationError
 from cloister.tpm import templates
@@ -229,7 +230,7 @@ def _check_certificate(
     try:
         certificate = x509.load_der_x509_certificate(_without_padding(data))
         same_key = certificate.public_key() == key
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except PARSE_ERRORS as exc:
         raise VerificationError("endorsement-key", "the endorsement key's certificate cannot be read") from exc
     if not same_key:
         raise VerificationError("endorsement-key", "the certificate is for another endorsement key")

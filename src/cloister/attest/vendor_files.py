@@ -19,6 +19,7 @@ from typing import Any
 from cryptography import x509
 
 from cloister.attest.backends import tpm
+from cloister.attest.backends.ec_chain import PARSE_ERRORS
 from cloister.attest.backends.sev_snp_certs import pack_collateral, parse_certificate_table
 from cloister.attest.backends.sev_snp_report import REPORT_BYTES
 from cloister.attest.backends.tpm_quote import rsassa_signature
@@ -70,7 +71,7 @@ def read_vendor(kind: str, files: Files) -> tuple[Evidence, ...]:
     """
     try:
         return READERS[kind](files)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+    except (KeyError, AttributeError, RecursionError, *PARSE_ERRORS) as exc:
         message = f"this is no {kind} evidence in a form that is known here: {_reason(exc)}"
         raise VerificationError("evidence-format", message) from exc
 

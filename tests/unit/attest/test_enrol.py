@@ -186,5 +186,6 @@ def test_certificates_out_of_date(tpm: SoftwareTpm) -> None:
 
 def test_malformed_certificates(tpm: SoftwareTpm) -> None:
     whole = endorsed_by(tpm, certificate(tpm.ek.public_key())).certificate
-    for data in (b"x", b"\x30\x82", b"\x30\x82\xff\xff", whole[:-1], whole + bytes(5000)):
+    of_version_18 = whole.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x12", 1)  # found by fuzzing
+    for data in (b"x", b"\x30\x82", b"\x30\x82\xff\xff", whole[:-1], whole + bytes(5000), of_version_18):
         assert refused(dataclasses.replace(ask(tpm), certificate=data), MANUFACTURER) == "endorsement-key"
