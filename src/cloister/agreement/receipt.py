@@ -25,7 +25,7 @@ from cloister.attest.binding import instance_report_data
 from cloister.attest.checks import Check
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
-from cloister.attest.policy import AppraisalPolicy
+from cloister.attest.policy import SIMULATED, AppraisalPolicy
 from cloister.attest.verify import MAX_CLOCK_SKEW_S, verify
 from cloister.crypto.encoding import join
 from cloister.crypto.keys import PartyKey, verify_signature
@@ -275,7 +275,7 @@ def _check_evidence(
     at = min((time for time, _ in receipt.countersignatures.values()), default=body["ended"])
     evidence = Evidence.from_bytes(instance.evidence)
     claims = verify(evidence, policy, expected, at, allow_simulated=allow_simulated)
-    kind = "hardware" if claims.hardware else "SIMULATED"
+    kind = "hardware" if claims.hardware else "SIMULATED" if claims.type == SIMULATED else "NOT VOUCHED FOR"
     label = f" ({claims.measurement_label})" if claims.measurement_label else ""
     return f"{kind} evidence of type {claims.type}{label} is bound to the instance's keys and to the body", claims
 

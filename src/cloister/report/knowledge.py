@@ -169,7 +169,7 @@ def _enclave(report: RunReport, height: float) -> Markup:
 
 
 def _stamp(report: RunReport, x: float, y: float, width: float) -> Markup:
-    word = "NOT CONFIDENTIAL" if report.attestation.hardware else "SIMULATED"
+    word = "SIMULATED" if report.attestation.type == "simulated" else "NOT CONFIDENTIAL"
     return svg.join(
         [
             svg.rect(x + 16, y, width - 32, 46, "stamp", 4),

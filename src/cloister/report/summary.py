@@ -30,7 +30,7 @@ NOTES: dict[Line, str] = {
 }
 MEASURES: dict[Metric, str] = {"bits_per_byte": "bits per byte", "accuracy": "accuracy, points"}
 SIMULATED = "SIMULATED: no hardware protected this run. Whoever operates this machine could read everything."
-NOT_CONFIDENTIAL = "NOT CONFIDENTIAL: the hardware measured this run but hid nothing from the machine's operator."
+NOT_CONFIDENTIAL = "NOT CONFIDENTIAL: this run was measured, but nothing hid it from the machine's operator."
 SIGNIFICANT = 0.05
 
 
@@ -104,9 +104,10 @@ def headline(report: RunReport) -> str:
 
 def protection(report: RunReport) -> str:
     """The loud line about what did not protect the run; empty when hardware hid it from the operator."""
-    if not report.attestation.hardware:
+    if report.attestation.type == "simulated":
         return SIMULATED
-    return "" if report.attestation.confidential else NOT_CONFIDENTIAL
+    hidden = report.attestation.hardware and report.attestation.confidential
+    return "" if hidden else NOT_CONFIDENTIAL
 
 
 def rate(value: float) -> str:

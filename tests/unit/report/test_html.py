@@ -130,13 +130,18 @@ def test_every_score_and_interval_of_the_table_is_on_the_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hardware", "confidential", "word"),
-    [(False, False, "SIMULATED"), (True, False, "NOT CONFIDENTIAL"), (True, True, None)],
-    ids=["simulated", "tpm", "confidential"],
+    ("kind", "hardware", "confidential", "word"),
+    [
+        ("simulated", False, False, "SIMULATED"),
+        ("tpm", False, False, "NOT CONFIDENTIAL"),
+        ("tpm", True, False, "NOT CONFIDENTIAL"),
+        ("tdx", True, True, None),
+    ],
 )
-def test_an_unprotected_run_cannot_be_mistaken(hardware: bool, confidential: bool, word: str | None) -> None:
+def test_an_unprotected_run_cannot_be_mistaken(kind: str, hardware: bool, confidential: bool, word: str | None) -> None:
     report = run_report()
-    attestation = report.attestation.model_copy(update={"hardware": hardware, "confidential": confidential})
+    changes = {"type": kind, "hardware": hardware, "confidential": confidential}
+    attestation = report.attestation.model_copy(update=changes)
     page = Page(render_html(report.model_copy(update={"attestation": attestation})))
     alarms = [a for _, a in page.tags if a.get("role") == "alert"]
     assert bool(alarms) == (word is not None)
