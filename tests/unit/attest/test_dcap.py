@@ -402,7 +402,7 @@ def malformed_collateral() -> Iterator[bytes]:
         yield json.dumps({k: v for k, v in TABLE.items() if k != name}).encode()
 
 
-@pytest.mark.parametrize("data", list(malformed_collateral()), ids=lambda data: f"{data[:20]!r} {len(data)}")
+@pytest.mark.parametrize("data", [pytest.param(d, id=str(i)) for i, d in enumerate(malformed_collateral())])
 def test_malformed_collateral(data: bytes) -> None:
     error = refused(CA.tdx(collateral=data))
     assert error.code == "collateral"
