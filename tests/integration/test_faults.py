@@ -353,7 +353,7 @@ def test_ctrl_c_while_waiting_for_parties(make_job: MakeJob, tmp_path: Path) -> 
     with started(*call, folder=tmp_path / "e") as enclave:
         enclave.wait_for((out / "address").exists, "address")
         enclave.interrupt()
-        assert enclave.end(20.0) == 130
+        assert enclave.end(20.0) == 130, enclave.stderr
     assert reported(enclave.stdout, enclave.stderr)["code"] == "interrupted"
 
 

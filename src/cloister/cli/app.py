@@ -68,7 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are reported here and nowhere else."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines on stderr say nothing that our errors do not
     given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
+    try:
+        return _run(given, "--json" in given)
+    except KeyboardInterrupt:  # while a failure was being reported
+        report_interrupt("--json" in given)
+        return EXIT_INTERRUPTED
+
+
+def _run(given: list[str], as_json: bool) -> int:
     os.environ.update(_QUIET)
     try:
         code = app(given, prog_name="cloister", standalone_mode=False)
