@@ -1,7 +1,5 @@
 """`python -m cloister`."""
 
-import sys
+from cloister.cli import entry
 
-from cloister.cli import main
-
-sys.exit(main())
+entry()

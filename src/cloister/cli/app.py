@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -62,6 +62,17 @@ def cloister_command(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def entry() -> NoReturn:
+    """The program `cloister`: `main`, and leaving with its code."""
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        # Some interrupts mark the interpreter, which would then end by the signal and not with this code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
