@@ -170,7 +170,8 @@ def _rules(table: Mapping[str, Any], where: str) -> RuleTables:
     except ValidationError as exc:
         fault = exc.errors()[0]
         section, *keys = (str(part) for part in fault["loc"])
-        raise JobError(fault["msg"], where=f"{where}: [{section}] {'.'.join(keys)}".rstrip()) from exc
+        message = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
+        raise JobError(message, where=f"{where}: [{section}] {'.'.join(keys)}".rstrip()) from exc
 
 
 def _reference_value(table: Any, where: str) -> ReferenceValue:

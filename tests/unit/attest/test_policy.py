@@ -62,7 +62,7 @@ def test_defaults_deny() -> None:
             "must name snp_id_key_digest or snp_measurement",
         ),
         ('[policy]\naccept = []\n[tdx]\nstatuses = ["Revoked"]', "[tdx] statuses.0", "Input should be"),
-        ("[policy]\naccept = []\n[tdx]\nstatus = []", "[tdx] status", "Extra inputs"),
+        ("[policy]\naccept = []\n[tdx]\nstatus = []", "[tdx] status", "unknown key"),
         ("[policy]\naccept = []\n[sev-snp.min_tcb]\nsnp = 256", "[sev-snp] min_tcb.snp", "less than"),
         ('[policy]\naccept = []\n[nvidia-gpu]\ncount = "8"', "[nvidia-gpu] count", "integer"),
         ('[policy]\naccept = []\n[[measurement]]\nlabel="a"\ntype="tdx"\nregisters={a=1}', "registers.a", "hex"),
