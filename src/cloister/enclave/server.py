@@ -14,7 +14,7 @@ import torch
 
 from cloister.agreement.job import OpenJob, open_job
 from cloister.agreement.own import find_own_attester, own_claims
-from cloister.attest.attester import Found
+from cloister.attest.attester import Attester, Found
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
 from cloister.attest.production import require_confidential, require_listed_measurements
@@ -110,13 +110,7 @@ def serve_job(
         service = SplitService(opened, out)
     core = _core(opened, found, claims, service, out)
     appraise = _appraise(opened, insecure_simulated=insecure_simulated, allowed=insecure_not_confidential)
-    settings = ResponderSettings(
-        job_id=core.job_id,
-        public_keys=opened.parties,
-        attester=found.attester,
-        verify_evidence=appraise if service.parties_have_enclaves else None,
-        require_evidence=service.parties_have_enclaves,
-    )
+    settings = responder_settings(opened, found.attester, service, appraise)
     server = EnclaveServer(
         listen,
         responder_factory=functools.partial(Responder, settings),
@@ -141,6 +135,19 @@ def serve_job(
         timing=declared["timing"],
         adapter_sha256=json.loads(outcome.receipt.body)["adapter_sha256"],
         receipt_sha256=hashlib.sha256(outcome.receipt.to_bytes()).hexdigest(),
+    )
+
+
+def responder_settings(
+    opened: OpenJob, attester: Attester, service: Service, appraise: VerifyEvidence
+) -> ResponderSettings:
+    """How sessions begin: where parties have enclaves, none goes without evidence of its own."""
+    return ResponderSettings(
+        job_id=opened.resolved.job_id,
+        public_keys=opened.parties,
+        attester=attester,
+        verify_evidence=appraise if service.parties_have_enclaves else None,
+        require_evidence=service.parties_have_enclaves,
     )
 
 
