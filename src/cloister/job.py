@@ -200,6 +200,11 @@ class EnclaveSection(Section):
     """Path of the appraisal policy; its content is hashed into the job."""
     listen: str = local("127.0.0.1:0")
     threads: int | None = local(None, ge=1)
+    processes: int = local(1, ge=1, le=64)
+    """Processes that train together in the enclave of method "split"; each has `threads` of its own."""
+    sharding: Literal["auto", "none", "full"] = local("auto")
+    """Whether each process holds a part of the frozen layers only ("full") or all of them ("none"); "auto" parts them
+    where they do not fit on a device."""
     device: Literal["auto", "cpu", "cuda", "mps"] = local("auto")
     cache_mib: int = local(2048, ge=0)
     """Memory for decrypted activations; what does not fit is decrypted again each epoch."""
@@ -208,6 +213,12 @@ class EnclaveSection(Section):
     def _device_is_a_tpms(self) -> EnclaveSection:
         if self.tpm is not None and self.attester != "tpm":
             raise MisfitError('names a TPM, but attester is not "tpm"', "tpm")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_need_processes(self) -> EnclaveSection:
+        if self.sharding == "full" and self.processes == 1:
+            raise MisfitError('"full" spreads layers over processes, of which there is only 1', "sharding")
         return self
 
 
@@ -339,6 +350,12 @@ class Job(Section):
                 "adapter",
                 "kind",
             )
+        if self.job.method == "slice" and self.enclave.processes != 1:
+            message = 'is for method "split"; with "slice" nothing is trained in the server\'s enclave'
+            raise MisfitError(message, "enclave", "processes")
+        if self.adapter.kind == "spf" and self.enclave.sharding == "full":
+            message = '"full" parts the base\'s weights between processes, but kind "spf" trains rows of them'
+            raise MisfitError(message, "enclave", "sharding")
         foreign: dict[str, tuple[Section, ...]] = {"split": (self.masking, self.federation), "slice": (self.transport,)}
         for section in foreign[self.job.method]:
             if section != type(section)():
