@@ -1,10 +1,11 @@
 """Everything that decides how training goes on, as bytes: with it a run continues to the same last bit.
 
+Nothing in it depends on how many processes trained, and there are no generators: dropout is drawn anew for each pack.
+
 One safetensors blob, never a pickle:
 
     weights.NAME, best.NAME    the adapter now, and at its best validation loss (absent before the first)
     first.NAME, second.NAME, updates.NAME    AdamW's moments and update count of each parameter
-    random.cpu, random.cuda    states of the generators that dropout draws from
     counts (3)                 steps done, tokens seen, best step; int64
     best (1)                   best validation loss; float64
     curve (steps, 5)           step, tokens, loss, gradient norm, validation loss or NaN; float64
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import safetensors
 import safetensors.torch
@@ -50,8 +51,6 @@ class Checkpoint:
     best_weights: Mapping[str, Tensor] | None
     moments: Mapping[str, Mapping[str, Tensor]]
     """AdamW's state by parameter name: `step`, `exp_avg`, `exp_avg_sq`."""
-    random: Mapping[str, Tensor] = field(default_factory=dict)
-    """Generator states by device type."""
 
     def to_bytes(self) -> bytes:
         tensors = {
@@ -61,7 +60,6 @@ class Checkpoint:
         }
         tensors |= {f"weights.{name}": value for name, value in self.weights.items()}
         tensors |= {f"best.{name}": value for name, value in (self.best_weights or {}).items()}
-        tensors |= {f"random.{name}": value for name, value in self.random.items()}
         for name, state in self.moments.items():
             tensors |= {f"{prefix}.{name}": state[key] for prefix, key in _MOMENTS.items()}
         # Tensors that share memory cannot be written, and one may be in two places.
@@ -90,28 +88,12 @@ class Checkpoint:
                     name: {key: tensors[f"{prefix}.{name}"] for prefix, key in _MOMENTS.items()}
                     for name in _under("first", tensors)
                 },
-                random=_under("random", tensors),
             )
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as exc:
             raise RunError("a checkpoint does not hold the state of a training", where="checkpoint") from exc
 
 
 _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq", "updates": "step"}
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that a training on `device` draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Undo what has been drawn since `random_states`."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

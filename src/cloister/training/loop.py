@@ -1,7 +1,7 @@
 """The training loop: the same for the latter half in the enclave, for a whole model, and for every baseline.
 
-Deterministic: batches, learning rates and dropout depend on the seed alone, and with a fixed number of threads two
-runs on one machine give the same bytes. So does one that is continued from a checkpoint.
+Deterministic: batches, learning rates and dropout depend on the seed alone, and with a fixed number of threads and
+processes two runs on one machine give the same bytes. So does one that is continued from a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from cloister.data.packing import Pack
 from cloister.errors import RunError
 from cloister.job import TrainingSection
 from cloister.model.cut import Whole
-from cloister.training.checkpoint import Checkpoint, Point, random_states, set_random_states
+from cloister.training.checkpoint import Checkpoint, Point
 from cloister.training.loss import target_nll
-from cloister.training.schedule import learning_rate, plan_steps
+from cloister.training.schedule import learning_rate, pack_seed, plan_steps
+from cloister.training.team import Alone, Team
 
 _T = TypeVar("_T")
 
@@ -80,6 +81,7 @@ class Stepper:
         in_flight: How many packs of a step are worked on at once, where products are computed elsewhere. The result
             does not depend on it, bit for bit; with dropout 1 is taken, since random numbers are drawn in order.
         verify: Called before anything of a step is applied; raises where a product was wrong.
+        team: The processes that share the packs of each step, each with the same adapter.
     """
 
     def __init__(
@@ -90,14 +92,21 @@ class Stepper:
         *,
         in_flight: int = 1,
         verify: Callable[[], None] = lambda: None,
+        team: Team | None = None,
     ) -> None:
         self._half, self._adapted, self._training, self._verify = half, adapted, training, verify
+        self._team, self._draw = team or Alone(), tuple[int, ...]()
         self._parameters = [p for p in adapted.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(self._parameters, lr=0.0, weight_decay=training.weight_decay, fused=True)
         self._in_flight = 1 if has_dropout(adapted) else in_flight
 
-    def step(self, source: PackSource, members: Sequence[int], rate: float, *, where: str) -> tuple[float, float]:
+    def step(
+        self, source: PackSource, members: Sequence[int], rate: float, *, where: str, draw: tuple[int, ...] = ()
+    ) -> tuple[float, float]:
         """One update from the mean over all targets of `members` (packs of `source`), at learning rate `rate`.
+
+        Args:
+            draw: (seed, step) that each pack's dropout is drawn from, whoever works on it; else it is drawn in order.
 
         Returns:
             The loss in nats per target, and the norm of its gradient.
@@ -106,6 +115,7 @@ class Stepper:
             RunError: the loss or a gradient is not finite; nothing is applied. What `verify` raises; the same.
         """
         _train_mode(self._adapted)
+        self._draw = draw if has_dropout(self._adapted) else ()
         try:
             loss = self._accumulate(source, members)
             self._verify()
@@ -124,7 +134,11 @@ class Stepper:
         """Add up gradients, pack by pack in the order of `members`; returns the loss."""
         num_targets = sum(source.targets[i] for i in members)
         if self._in_flight == 1:
-            return sum(self._backward(source, index, num_targets) for index in members)
+            share = self._team.share([source.tokens[i] for i in members])
+            loss = sum(self._backward(source, members[place], num_targets) for place in share.own)
+            for place in share.idle:
+                (self._loss(source, members[place], num_targets) * 0.0).backward()  # type: ignore[no-untyped-call]
+            return self._team.total(self._parameters, loss)
         total = 0.0
         tasks = [partial(self._gradients, source, index, num_targets) for index in members]
         for loss, gradients in in_order(tasks, self._in_flight):
@@ -138,6 +152,8 @@ class Stepper:
         return target_nll(self._half, source[index].to(self._half.device)).sum() / num_targets
 
     def _backward(self, source: PackSource, index: int, num_targets: int) -> float:
+        if self._draw:
+            torch.manual_seed(pack_seed(*self._draw, index))
         loss = self._loss(source, index, num_targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
@@ -196,6 +212,7 @@ def train(
     resume: Checkpoint | None = None,
     checkpoints: int = 0,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    team: Team | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
 
@@ -206,21 +223,22 @@ def train(
         on_point: Called after every step with the point and the number of steps.
         resume: Go on from here, in a model as it was before training: the result is that of an uninterrupted run.
         checkpoints: How often `on_checkpoint` is called, evenly, the last time after the last step.
+        team: The processes that train together, each calling this with the same arguments.
 
     Raises:
         RunError: the loss or a gradient is not finite; nothing of that step is applied.
     """
-    stepper = Stepper(half, adapted, training)
+    stepper = Stepper(half, adapted, training, team=team)
     steps = plan_steps(source.tokens, training, seed)
     marks = evaluation_steps(len(steps), training.evaluations if validate else 0)
     saves = evaluation_steps(len(steps), checkpoints)
     result = TrainingResult()
     torch.manual_seed(seed)
     if resume is not None:
-        result = _restore(resume, half, adapted, stepper)
+        result = _restore(resume, adapted, stepper)
     for step, members in enumerate(steps[result.steps :], result.steps):
         rate = learning_rate(step, len(steps), training)
-        loss, norm = stepper.step(source, members, rate, where=f"training step {step + 1}")
+        loss, norm = stepper.step(source, members, rate, where=f"training step {step + 1}", draw=(seed, step))
         result.steps += 1
         result.tokens += sum(source.tokens[i] for i in members)
         bits = _validate(adapted, validate) if step + 1 in marks else None
@@ -232,7 +250,8 @@ def train(
         result.curve.append(point)
         on_point(point, len(steps))
         if step + 1 in saves:
-            on_checkpoint(_checkpoint(result, half, adapted, stepper))
+            (team or Alone()).require_same(adapter_state(adapted), f"the adapter after step {step + 1}")
+            on_checkpoint(_checkpoint(result, adapted, stepper))
     if result.best_weights is None:
         result.best_step = result.steps
     else:
@@ -241,7 +260,7 @@ def train(
     return result
 
 
-def _checkpoint(result: TrainingResult, half: Whole, adapted: PeftModel, stepper: Stepper) -> Checkpoint:
+def _checkpoint(result: TrainingResult, adapted: PeftModel, stepper: Stepper) -> Checkpoint:
     return Checkpoint(
         step=result.steps,
         tokens=result.tokens,
@@ -251,15 +270,13 @@ def _checkpoint(result: TrainingResult, half: Whole, adapted: PeftModel, stepper
         weights=snapshot(adapted),
         best_weights=result.best_weights,
         moments=stepper.moments(),
-        random=random_states(half.device),
     )
 
 
-def _restore(checkpoint: Checkpoint, half: Whole, adapted: PeftModel, stepper: Stepper) -> TrainingResult:
-    """Put model, optimiser and generators into the state of a checkpoint of the same job."""
+def _restore(checkpoint: Checkpoint, adapted: PeftModel, stepper: Stepper) -> TrainingResult:
+    """Put model and optimiser into the state of a checkpoint of the same job."""
     load_adapter_weights(adapted, checkpoint.weights)
     stepper.set_moments(checkpoint.moments)
-    set_random_states(checkpoint.random, half.device)
     return TrainingResult(
         steps=checkpoint.step,
         tokens=checkpoint.tokens,

@@ -42,6 +42,11 @@ def _fill(order: list[int], tokens: Sequence[int], batch_tokens: int) -> list[li
     return steps
 
 
+def pack_seed(*place: int) -> int:
+    """What the dropout of one pack in one step is drawn from, by (seed, step, pack), whoever works on it."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
 def learning_rate(step: int, num_steps: int, training: TrainingSection) -> float:
     """The learning rate of step 0, 1, ..., num_steps - 1: linear warm-up, then the schedule.
 
