@@ -25,7 +25,7 @@ from cloister.masking.skeleton import plan_groups
 from cloister.methods.host import describe_host, usable_cpus
 from cloister.methods.processes import Role, Roles
 from cloister.progress import Progress, task
-from cloister.report.outputs import BenchRow, BenchSliceReport
+from cloister.report.bench import BenchRow, BenchSliceReport
 from cloister.training.loss import MAX_LOGITS
 
 SYSTEMS = ("plain-float32", "plain-bfloat16", "precomputed", "dual", "unchecked")

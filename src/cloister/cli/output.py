@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 
+from cloister.cli import bench_tables  # noqa: F401  # its views register themselves with `render`
 from cloister.cli.tables import render
 from cloister.report.model import Output
 

@@ -18,7 +18,6 @@ from cloister.report.outputs import (
     AttestFetchReport,
     AttestShowReport,
     AttestVerifyReport,
-    BenchSliceReport,
     CompareReport,
     DoctorReport,
     EvaluateReport,
@@ -69,14 +68,14 @@ def _(output: PlanReport, width: int) -> RenderableType:
         f"{output.job_name}: {output.architecture}, {output.parameters:,} parameters, {output.trainable_parameters:,}"
         f" of them trained; {where} of {output.tokens_per_step:,} tokens"
     )
-    data = _table("records", ["party", "train", "validation", "test", "truncated"], right=1)
+    data = table_of("records", ["party", "train", "validation", "test", "truncated"], right=1)
     for party in output.parties:
         counts = (party.records.train, party.records.validation, party.records.test, party.truncated.prompts)
-        _add_row(data, party.name, *(f"{count:,}" for count in counts))
-    roles = _table("needs", ["role", "name", "memory", "disk", "up", "down", "time"], right=2)
+        add_row(data, party.name, *(f"{count:,}" for count in counts))
+    roles = table_of("needs", ["role", "name", "memory", "disk", "up", "down", "time"], right=2)
     for role in output.roles:
         amounts = (role.memory_bytes, role.disk_bytes, role.bytes_up, role.bytes_down)
-        _add_row(roles, role.role, role.name, *map(size, amounts), duration(role.seconds))
+        add_row(roles, role.role, role.name, *map(size, amounts), duration(role.seconds))
     times = Text(", ".join(f"{phase} {duration(seconds)}" for phase, seconds in output.timing.items()))
     pads = [] if output.masking is None else _masking_plan(output.masking)
     return Group(Text(head), data, roles, *pads, times, *_warnings(output.warnings))
@@ -84,37 +83,16 @@ def _(output: PlanReport, width: int) -> RenderableType:
 
 def _masking_plan(plan: MaskingPlan) -> list[RenderableType]:
     """Pads and traffic of method `slice`, and what they do not protect."""
-    table = _table(f"masks: {plan.pads} pads, weights of {plan.bits} bits", [*_PAD_COLUMNS], right=1)
+    table = table_of(f"masks: {plan.pads} pads, weights of {plan.bits} bits", [*_PAD_COLUMNS], right=1)
     for party in plan.parties:
         amounts = (size(party.disk_bytes), duration(party.pad_seconds), size(party.bytes_up), size(party.bytes_down))
-        _add_row(table, party.party, f"{party.steps:,}", f"{party.rows:,}", *amounts)
+        add_row(table, party.party, f"{party.steps:,}", f"{party.rows:,}", *amounts)
     up, down = (size(plan.bytes_per_token[way]) for way in ("up", "down"))
     text = f"between enclaves and accelerators, for each trained token: {up} up, {down} down, scoring included"
     return [table, Text(text), *(alarm(warning) for warning in plan.insecure)]
 
 
 _PAD_COLUMNS = ("party", "steps", "pad rows", "on disk", "computed in", "up", "down")
-
-
-@render.register
-def _(output: BenchSliceReport, width: int) -> RenderableType:
-    shape = ", ".join(f"{name} {value:,}" for name, value in output.shape.items())
-    table = _table(
-        "a training step", ["system", "median", "least", "most", "runs", "own CPU", "model", "in steps"], right=1
-    )
-    for row in output.rows:
-        times = (f"{value:.2f} s" for value in (row.median_s, row.min_s, row.max_s))
-        _add_row(
-            table,
-            row.name,
-            *times,
-            str(row.runs),
-            f"{row.cpu_s:.2f} s",
-            *map(size, (row.model_bytes, row.resident_bytes)),
-        )
-    ratios = [Text(f"{name.replace('_', ' ')}: {value:.3f}") for name, value in output.ratios.items()]
-    crossing = f"bytes per token: {output.bytes_per_token['up']:,.0f} up, {output.bytes_per_token['down']:,.0f} down"
-    return Group(Text(shape), table, *ratios, Text(crossing))
 
 
 @render.register
@@ -129,21 +107,21 @@ def _(output: PadsReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: DoctorReport, width: int) -> RenderableType:
-    table = _table("", ["check", "", "found"])
+    table = table_of("", ["check", "", "found"])
     for check in output.checks:
         found = Text(check.found)
         if check.hint:
             found.append(f"\n{check.hint}", style="dim")
-        _add_row(table, check.name, Text(check.status, style=_STATUS[check.status]), found)
+        add_row(table, check.name, Text(check.status, style=_STATUS[check.status]), found)
     return table
 
 
 @render.register
 def _(output: VerifyReport, width: int) -> RenderableType:
-    table = _table(output.path, ["", "check", "", "detail"])
+    table = table_of(output.path, ["", "check", "", "detail"])
     for check in output.checks:
         status = Text(check.status, style=_STATUS[check.status])
-        _add_row(table, f"{check.n:2}", check.name, status, Text(check.detail))
+        add_row(table, f"{check.n:2}", check.name, status, Text(check.detail))
     parts: list[RenderableType] = [table]
     if output.attestation is not None:
         parts += _banner(output.attestation)
@@ -157,23 +135,23 @@ def _(output: VerifyReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: AttestVerifyReport, width: int) -> RenderableType:
-    table = _table("", ["", "check", "", "reason"])
+    table = table_of("", ["", "check", "", "reason"])
     for check in output.checks:
         word = "pass" if check.passed else "FAIL"
         status = Text(word, style="green" if check.passed else "bold red")
-        _add_row(table, f"{check.n:2}", check.name, status, check.reason)
+        add_row(table, f"{check.n:2}", check.name, status, check.reason)
     if not output.accepted:
         failed = output.checks[-1]
         verdict = f"REFUSED in step {failed.n} ({failed.name}), code {output.error_code}"
         return Group(table, Text(verdict, style="bold red"))
     claims = output.claims
     parts: list[RenderableType] = [table, Text(f"accepted: {output.type} evidence", style="bold green")]
-    facts = _table("", ["", ""])
-    _add_row(facts, "measurement", claims["measurement_label"] or "ANY is accepted")
+    facts = table_of("", ["", ""])
+    add_row(facts, "measurement", claims["measurement_label"] or "ANY is accepted")
     for name, value in (claims["registers"] | claims["tcb"]).items():
-        _add_row(facts, name, value)
+        add_row(facts, name, value)
     for device in claims["devices"]:
-        _add_row(facts, "device", describe_device(device))
+        add_row(facts, "device", describe_device(device))
     parts.append(facts)
     if not claims["confidential"]:
         parts.append(alarm(f"{output.type.upper()}: it hides nothing from the operator of its machine"))
@@ -182,22 +160,22 @@ def _(output: AttestVerifyReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: AttestShowReport, width: int) -> RenderableType:
-    table = _table(output.path, ["", ""])
-    _add_row(table, "type", output.type)
-    _add_row(table, "report data", output.report_data)
+    table = table_of(output.path, ["", ""])
+    add_row(table, "type", output.type)
+    add_row(table, "report data", output.report_data)
     for name, value in (output.registers | output.details).items():
-        _add_row(table, name, value)
+        add_row(table, name, value)
     for name, count in output.sizes.items():
-        _add_row(table, name.replace("_", " "), f"{count:,} bytes")
+        add_row(table, name.replace("_", " "), f"{count:,} bytes")
     if output.devices:
-        _add_row(table, "devices", ", ".join(output.devices))
+        add_row(table, "devices", ", ".join(output.devices))
     parts: list[RenderableType] = [alarm("NOT VERIFIED: anybody can make evidence that says this"), table]
     for measurement in output.measurements:
         word = "matches" if measurement.matches else "DIFFERS"
-        diff = _table(f"{measurement.label} ({measurement.type}): {word}", ["register", "", "policy", "evidence"])
+        diff = table_of(f"{measurement.label} ({measurement.type}): {word}", ["register", "", "policy", "evidence"])
         for row in measurement.registers:
             sign = Text("=", style="green") if row.equal else Text("≠", style="bold red")
-            _add_row(diff, row.name, sign, row.expected, row.found or "(none)")
+            add_row(diff, row.name, sign, row.expected, row.found or "(none)")
         parts.append(diff)
     return Group(*parts)
 
@@ -251,25 +229,25 @@ def _time(at: datetime) -> str:
 
 @render.register
 def _(output: SignReport, width: int) -> RenderableType:
-    keys = _table("fingerprints: compare each with its party, by voice or on paper", ["party", "key"])
+    keys = table_of("fingerprints: compare each with its party, by voice or on paper", ["party", "key"])
     for party in output.parties:
-        _add_row(keys, party.party, party.public_key_fingerprint)
+        add_row(keys, party.party, party.public_key_fingerprint)
     rules = output.inference
     allowed = rules["allow"] if isinstance(rules["allow"], str) else ", ".join(rules["allow"])
     returned = f"the {rules['top_k']} likeliest tokens" if rules["returns"] == "top-k" else "the likeliest token"
-    terms = _table("what everybody agrees to", ["", ""])
-    _add_row(terms, "job", f"{output.job_name}, {output.job_id}")
-    _add_row(terms, "gets the adapter", ", ".join(output.recipients) or "nobody: it stays in the enclave")
+    terms = table_of("what everybody agrees to", ["", ""])
+    add_row(terms, "job", f"{output.job_name}, {output.job_id}")
+    add_row(terms, "gets the adapter", ", ".join(output.recipients) or "nobody: it stays in the enclave")
     if output.slice is None:
-        _add_row(terms, "may query", f"{allowed}; a query returns {returned}; {rules['quota_tokens']:,} tokens each")
+        add_row(terms, "may query", f"{allowed}; a query returns {returned}; {rules['quota_tokens']:,} tokens each")
     else:
         _add_slice_terms(terms, output.slice)
-    _add_row(terms, "enclaves accepted", ", ".join(output.accepts) or "none")
+    add_row(terms, "enclaves accepted", ", ".join(output.accepts) or "none")
     for value in output.measurements:
         registers = "\n".join(f"{name} {register}" for name, register in value.registers.items())
-        _add_row(terms, f"program ({value.type})", f"{value.label}\n{registers}")
+        add_row(terms, f"program ({value.type})", f"{value.label}\n{registers}")
     if output.any_measurement:
-        _add_row(terms, "program", "ANY: which program runs is not checked")
+        add_row(terms, "program", "ANY: which program runs is not checked")
     parts: list[RenderableType] = [keys, terms]
     if output.slice is not None:
         parts += [alarm(text) for text in output.slice.insecure]
@@ -283,9 +261,9 @@ def _add_slice_terms(terms: Table, agreed: SliceTerms) -> None:
     rounds = f"{agreed.rounds:,}, merged by {agreed.aggregation}; an update is {limit}"
     checked = "every product checked" if agreed.checked else "products NOT checked"
     pads = "none: accelerators see EVERYTHING" if agreed.pads == "none" else f"{agreed.pads} pads"
-    _add_row(terms, "rounds", f"{rounds}; {agreed.quorum} parties end one after its deadline")
-    _add_row(terms, "masks", f"{pads}, weights of {agreed.bits} bits, {checked}")
-    _add_row(terms, "your accelerators", "\n".join(agreed.accelerators) or "none named in this file yet")
+    add_row(terms, "rounds", f"{rounds}; {agreed.quorum} parties end one after its deadline")
+    add_row(terms, "masks", f"{pads}, weights of {agreed.bits} bits, {checked}")
+    add_row(terms, "your accelerators", "\n".join(agreed.accelerators) or "none named in this file yet")
 
 
 @render.register
@@ -299,9 +277,9 @@ def _(output: GenerateReport, width: int) -> RenderableType:
 
 @render.register
 def _(output: ExportReport, width: int) -> RenderableType:
-    table = _table(f"{output.kind} written to {output.path}", ["file", "size", "sha256"])
+    table = table_of(f"{output.kind} written to {output.path}", ["file", "size", "sha256"])
     for file in output.files:
-        _add_row(table, file.path, size(file.bytes), file.sha256)
+        add_row(table, file.path, size(file.bytes), file.sha256)
     return Group(table, *_warnings(output.warnings))
 
 
@@ -323,7 +301,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _table(title: str, columns: Sequence[str], *, right: int | None = None) -> Table:
+def table_of(title: str, columns: Sequence[str], *, right: int | None = None) -> Table:
     """A plain table; columns from number `right` on hold numbers."""
     table = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=None, pad_edge=False)
     for number, name in enumerate(columns):
@@ -332,14 +310,14 @@ def _table(title: str, columns: Sequence[str], *, right: int | None = None) -> T
     return table
 
 
-def _add_row(table: Table, *cells: str | Text, style: str = "") -> None:
+def add_row(table: Table, *cells: str | Text, style: str = "") -> None:
     """Add a row whose texts are shown as they are: names of tasks and files come from outside and are no markup."""
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
 def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
     columns = ["party", "task", "system", "examples", "bits/byte", "interval", "accuracy", "interval"]
-    table = _table(title, columns, right=3)
+    table = table_of(title, columns, right=3)
     before = ""
     for system, row in sorted(rows, key=lambda pair: (pair[1].party == ALL, pair[1].party, pair[1].task)):
         if before not in ("", row.party):
@@ -348,7 +326,7 @@ def _scores_table(title: str, rows: Iterable[tuple[str, Scored]]) -> Table:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.3f}"
         loss = (f"{row.bits_per_byte:.4f}", _interval(row.bits_per_byte_ci, 4))
         cells = (row.party, row.task, system, f"{row.examples:,}", *loss, accuracy, _interval(row.accuracy_ci, 3))
-        _add_row(table, *cells, style="bold" if system == "cloister" else "")
+        add_row(table, *cells, style="bold" if system == "cloister" else "")
     return table
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
+from cloister.report.bench import BenchSliceReport, BenchSplitReport
 from cloister.report.model import (
     Attestation,
     Comparison,
@@ -511,38 +512,6 @@ class MeasureReport(Versioned):
     """A whole policy with that table."""
 
 
-class BenchRow(Part):
-    """One system's training steps."""
-
-    name: str
-    median_s: Seconds
-    min_s: Seconds
-    max_s: Seconds
-    runs: Count
-    cpu_s: Seconds
-    """Median processor time of its own process, without accelerators."""
-    model_bytes: Count
-    """Memory of its own before the first step, beyond what importing torch takes: model, adapter, other libraries."""
-    resident_bytes: Count
-    """The same after steps, at most: with what the allocator keeps of activations."""
-
-
-class BenchSliceReport(Versioned):
-    """`cloister bench slice`."""
-
-    command: str
-    shape: dict[str, Count]
-    """hidden, layers, vocabulary, tokens of a step, packs that they are spread over, rank."""
-    rows: list[BenchRow]
-    ratios: dict[str, float]
-    """Of medians: precomputed_over_plain, dual_over_plain (plain in float32), the same over bfloat16; freivalds_share,
-    processor time of the check in that of a precomputed step on all processors; enclave_rss_over_weights, of weights in
-    float32, before the first step and in steps. What was not measured is left out."""
-    bytes_per_token: dict[Literal["up", "down"], float]
-    """In training, between the enclave and its accelerators."""
-    host: Host
-
-
 class ErrorDetail(Part):
     """What went wrong, where, and what to do."""
 
@@ -564,6 +533,7 @@ OUTPUTS: dict[str, type[Output]] = {
     "enclave": EnclaveReport,
     "accelerator": AcceleratorReport,
     "bench-slice": BenchSliceReport,
+    "bench-split": BenchSplitReport,
     "init": InitReport,
     "keygen": KeygenReport,
     "evaluate": EvaluateReport,
