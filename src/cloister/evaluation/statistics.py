@@ -127,6 +127,61 @@ def accuracy_difference(correct_a: npt.ArrayLike, correct_b: npt.ArrayLike) -> D
     return Difference(delta=value, interval=interval, p=_mcnemar_p(won, lost))
 
 
+def mean_share(share: npt.ArrayLike) -> Estimate:
+    """Mean of shares (accuracies of single examples, averaged over seeds) with its bootstrap interval.
+
+    Args:
+        share: [n] 0 to 1.
+
+    Raises:
+        ValueError: n = 0, or a number is not finite.
+    """
+    values = _floats(share)
+    value, interval, _ = _ratio(values, np.ones(values.size))
+    return Estimate(value=value, interval=interval)
+
+
+def share_difference(share_a: npt.ArrayLike, share_b: npt.ArrayLike) -> Difference:
+    """Mean share of a minus that of b on the same examples, paired bootstrap: for accuracies averaged over seeds.
+
+    Args:
+        share_a, share_b: [n] how often each of n examples was answered correctly, 0 to 1.
+
+    Raises:
+        ValueError: n = 0, lengths differ, or a number is not finite.
+    """
+    gained = _paired(share_a, share_b)
+    value, interval, draws = _ratio(gained, np.ones(gained.size))
+    return Difference(delta=value, interval=interval, p=_bootstrap_p(draws, value))
+
+
+def bits_not_worse(bits_a: npt.ArrayLike, bits_b: npt.ArrayLike, response_bytes: npt.ArrayLike, margin: float) -> float:
+    """One-sided p-value of "a needs at least 1 + margin times the bits of b"; small means that a is not worse.
+
+    Args:
+        bits_a, bits_b: [n] summed bits of the same n responses under the two systems.
+        margin: relative, fixed before looking.
+
+    Raises:
+        ValueError: as `bits_per_byte`.
+    """
+    beyond = _paired(bits_a, (1 + margin) * _floats(bits_b))
+    return _share_at_least_zero(_ratio(beyond, _denominator(response_bytes))[2])
+
+
+def share_not_worse(share_a: npt.ArrayLike, share_b: npt.ArrayLike, margin: float) -> float:
+    """One-sided p-value of "a's mean share is at least `margin` below b's"; small means that a is not worse.
+
+    Args:
+        share_a, share_b: [n] as in `share_difference`. margin: absolute, fixed before looking.
+
+    Raises:
+        ValueError: as `share_difference`.
+    """
+    lost = -_paired(share_a, share_b) - margin
+    return _share_at_least_zero(_ratio(lost, np.ones(lost.size))[2])
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction of one family of p-values, in the given order (Holm 1979)."""
     if not p_values:
@@ -167,6 +222,11 @@ def _bootstrap_p(draws: Floats, value: float) -> float:
     below = int((draws <= 0).sum()) + (value <= 0)
     above = int((draws >= 0).sum()) + (value >= 0)
     return min(1.0, 2 * max(1, min(below, above)) / (draws.size + 1))
+
+
+def _share_at_least_zero(draws: Floats) -> float:
+    """Share of draws at or above zero, one more counted as such so that it is never 0; 1 where there are none."""
+    return float(((draws >= 0).sum() + 1) / (draws.size + 1)) if draws.size else 1.0
 
 
 def _mcnemar_p(won: Floats, lost: Floats) -> float:
