@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from cloister.errors import DataError, ProtocolError
 from cloister.model.cut import Whole
 from cloister.training.loop import PackSource
 from cloister.training.loss import target_nll
+from cloister.training.team import Alone, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,24 +95,24 @@ def score(
     *,
     where: str,
     on_pack: Callable[[int], None] = lambda tokens: None,
+    team: Team | None = None,
 ) -> Scores:
     """Score the test documents of one party. The model is used as it stands (set it to evaluation mode).
+
+    Args:
+        on_pack: Is told of tokens as they are done. team: Processes that share the packs; all get all scores.
 
     Raises:
         ProtocolError: the packs do not account for every text of every example once, or a likelihood is not finite
             (`where` names the party).
     """
     nats: dict[tuple[int, int], float] = {}
-    with torch.no_grad():
-        for index in range(len(source.tokens)):
-            pack = source[index]
-            for key, value in _group_nats(half, pack):
-                if key in nats:
-                    raise ProtocolError(f"text {key[1]} of example {key[0]} is scored twice", where=where)
-                if not math.isfinite(value):
-                    raise ProtocolError(f"text {key[1]} of example {key[0]} has no finite likelihood", where=where)
-                nats[key] = value
-            on_pack(len(pack))
+    for key, value in _all_nats(half, source, on_pack, team or Alone()):
+        if key in nats:
+            raise ProtocolError(f"text {key[1]} of example {key[0]} is scored twice", where=where)
+        if not math.isfinite(value):
+            raise ProtocolError(f"text {key[1]} of example {key[0]} has no finite likelihood", where=where)
+        nats[key] = value
     expected = {(i, r) for i, e in enumerate(examples) for r in (e.response_role, *range(len(e.choice_bytes)))}
     for fault, keys in (
         ("is not accounted for by any pack", expected - set(nats)),
@@ -128,6 +129,24 @@ def score(
         response_bytes=np.array([e.response_bytes for e in examples], dtype=np.int64),
         correct=np.array([r[1] for r in rows], dtype=np.int8),
     )
+
+
+def _all_nats(
+    half: Whole, source: PackSource, on_pack: Callable[[int], None], team: Team
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """((example, role), nats) of each group of all packs, of which each process works on its share."""
+    share, rows = team.share(source.tokens), list[tuple[float, float, float]]()
+    with torch.no_grad():
+        for index in share.own:
+            pack = source[index]
+            rows += [(example, role, value) for (example, role), value in _group_nats(half, pack)]
+            on_pack(len(pack))
+        for index in share.idle:
+            _group_nats(half, source[index])
+    if others := sum(source.tokens) - sum(source.tokens[index] for index in share.own):
+        on_pack(others)
+    for example, role, value in team.gather(torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)).tolist():
+        yield (int(example), int(role)), value
 
 
 def _group_nats(half: Whole, pack: Pack) -> list[tuple[tuple[int, int], float]]:
