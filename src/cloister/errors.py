@@ -11,6 +11,7 @@
     ├── VerificationError         its check   3     evidence, signature, tag or policy refused
     ├── ProtocolError             protocol    4     a peer sent what it must not send
     ├── TransportError            transport   4     a peer cannot be reached or went away
+    │   └── BusyError             busy        4     a peer has no free place at the moment
     └── AcceleratorError          accelerator 4     an accelerator was lost in the middle of work
 
 `message` says what is wrong, `where` says where (file, line, field, party), `hint` says what to do. None of them
@@ -116,6 +117,12 @@ class TransportError(CloisterError):
 
     code = "transport"
     exit_code = 4
+
+
+class BusyError(TransportError):
+    """A peer has no free place at the moment; the same request may succeed later."""
+
+    code = "busy"
 
 
 class AcceleratorError(CloisterError):

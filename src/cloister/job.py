@@ -208,6 +208,10 @@ class EnclaveSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = local("auto")
     cache_mib: int = local(2048, ge=0)
     """Memory for decrypted activations; what does not fit is decrypted again each epoch."""
+    max_connections: int = local(1024, ge=8, le=65_536)
+    """TCP connections at one time, strangers' included."""
+    max_bundle_mib: int = local(1 << 20, ge=1, le=1 << 26)
+    """Largest bundle taken from a party; with the number of bundles it bounds the disk that parties can fill."""
 
     @model_validator(mode="after")
     def _device_is_a_tpms(self) -> EnclaveSection:

@@ -673,6 +673,8 @@ def test_the_walk_finds_known_local_and_shared_keys() -> None:
         ("enclave", "sharding"),
         ("enclave", "device"),
         ("enclave", "cache_mib"),
+        ("enclave", "max_connections"),
+        ("enclave", "max_bundle_mib"),
         ("masking", "accelerators"),
         ("masking", "pad_store"),
     }

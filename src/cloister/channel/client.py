@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from cloister.channel.handshake import Initiator
 from cloister.channel.rpc import Session
 from cloister.crypto.bundle import UnverifiedHeader, read_header
 from cloister.crypto.encoding import Fields, encode
-from cloister.errors import CloisterError, DataError, ProtocolError, TransportError
+from cloister.errors import BusyError, CloisterError, DataError, ProtocolError, TransportError
 
 CONNECT_TIMEOUT_S = 30.0
 MAX_RETRIES = 8
 """Attempts in a row without a single new byte at the server."""
+BUSY_TIMEOUT_S = 3600.0
+"""How long to ask for a place among the enclave's uploads, beyond which it counts as failed attempts."""
 _BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 15.0
 _QUEUED_RECORDS = 4
@@ -65,7 +68,7 @@ def upload(
 
     Args:
         timeout_s: for each short request. stall_timeout_s: how long the enclave may take no bytes.
-        max_retries: attempts in a row without progress before giving up.
+        max_retries: attempts in a row without progress before giving up; for an hour more while the enclave is busy.
     Raises: TransportError when the retries are used up; what the enclave reported if it refuses the bundle;
         DataError if the file cannot be read.
     """
@@ -74,14 +77,14 @@ def upload(
         unverified, size = read_header(path), path.stat().st_size
     except OSError as exc:
         raise DataError(f"cannot read the bundle: {exc.strerror}", where=str(path)) from exc
-    attempt, best, first = 0, -1, -1
+    attempt, best, first, patient_until = 0, -1, -1, time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
             with _channel(address) as channel:
                 complete, offset = _ask_offset(channel, unverified, timeout_s)
                 first = offset if first < 0 else first
                 if offset > best:
-                    attempt, best = 0, offset
+                    attempt, best, patient_until = 0, offset, time.monotonic() + BUSY_TIMEOUT_S
                 if not complete:
                     complete = _send(channel, path, size, unverified, offset, on_progress, stall_timeout_s)
             if complete:
@@ -96,9 +99,12 @@ def upload(
         except TransportError as exc:
             error = exc
         attempt += 1
-        if attempt > max_retries:
+        waits = isinstance(error, BusyError) and time.monotonic() < patient_until
+        if attempt > max_retries and not waits:
             raise error
-        time.sleep(min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (attempt - 1)))
+        # Many parties lose an enclave at one moment; they should not all come back at one moment.
+        longest = min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** min(attempt - 1, 10))
+        time.sleep(longest * (0.5 + secrets.randbelow(1000) / 2000))
 
 
 def _channel(address: str) -> grpc.Channel:

@@ -1,7 +1,7 @@
 """The carrier's public names: what enclave and party processes import."""
 
 from cloister.channel.client import connect, upload
-from cloister.channel.grpc_common import Limits
+from cloister.channel.limits import Limits
 from cloister.channel.rpc import Session
 from cloister.channel.server import EnclaveServer
 

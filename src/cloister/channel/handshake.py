@@ -263,6 +263,8 @@ class Responder(_Machine):
     def __init__(self, settings: ResponderSettings) -> None:
         super().__init__(State.WAIT_HELLO, timeout_s=settings.timeout_s)
         self._settings = settings
+        self.on_admitted: Callable[[str], object] = lambda party: None
+        """Told whose fresh, signed hello came, before anything costly is done for it; may raise CloisterError."""
         self._party = ""
         self._transcript = b""
         self._keys: _Keys | None = None
@@ -289,6 +291,7 @@ class Responder(_Machine):
 
     def _reply(self, message: bytes, now: float) -> bytes:
         x25519, mlkem = self._admit(message, now)
+        self.on_admitted(self._party)
         ours = X25519PrivateKey.generate()
         try:
             exchanged = ours.exchange(X25519PublicKey.from_public_bytes(x25519))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from types import TracebackType
 
 import grpc
 
-from cloister.channel.grpc_common import MAX_UPLOAD_HEAD_BYTES, SERVICE, Limits, common_options, refusal
+from cloister.channel.files import make_room_for_files
+from cloister.channel.grpc_common import MAX_UPLOAD_HEAD_BYTES, SERVICE, refusal, server_options
 from cloister.channel.handshake import Established, Responder
+from cloister.channel.limits import Limits
+from cloister.channel.places import Places, Strangers, Timer, Watchdog
 from cloister.channel.rpc import Handler, serve
 from cloister.crypto.bundle import BundleHeader, IncomingBundle, UnverifiedHeader
 from cloister.crypto.encoding import Fields, encode
 from cloister.crypto.keys import SIGNATURE_BYTES
-from cloister.errors import CapacityError, CloisterError, ProtocolError, TransportError, UsageError
+from cloister.errors import CloisterError, ProtocolError, TransportError, UsageError
 
 _log = logging.getLogger(__name__)
 _MAX_OFFSET = 1 << 48
@@ -46,21 +48,25 @@ class EnclaveServer:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._limits = limits or Limits()
+        self._limits = make_room_for_files(limits or Limits())
         self._responder_factory = responder_factory
         self._handler = handler
         self._incoming = incoming
         self._clock = clock
-        self._handshakes = _Places(self._limits.max_handshakes, "too many connections are waiting to authenticate")
-        self._uploads = _Places(self._limits.max_uploads, "too many uploads at one time")
-        self._sessions: defaultdict[str, _Places] = defaultdict(
-            lambda: _Places(self._limits.max_sessions_per_party, "this party has too many sessions open")
+        self._strangers = Strangers(self._limits.max_strangers)
+        self._uploads = Places(self._limits.max_uploads, "too many uploads at one time")
+        # Only names of the job's parties come into these two.
+        self._sessions_of: defaultdict[str, Places] = defaultdict(
+            lambda: Places(self._limits.max_sessions_per_party, "this party has too many sessions open")
         )
-        self._watchdog = _Watchdog()
+        self._uploads_of: defaultdict[str, Places] = defaultdict(
+            lambda: Places(self._limits.max_uploads_per_party, "this party has too many uploads open")
+        )
+        self._watchdog = Watchdog()
         self._server = grpc.server(
-            ThreadPoolExecutor(self._limits.max_connections, thread_name_prefix="enclave"),
-            options=[*common_options(), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)],
-            maximum_concurrent_rpcs=self._limits.max_connections,
+            ThreadPoolExecutor(self._limits.max_calls, thread_name_prefix="enclave"),
+            options=server_options(self._limits),
+            maximum_concurrent_rpcs=self._limits.max_calls,
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         self.address = self._bind(listen)
@@ -108,49 +114,52 @@ class EnclaveServer:
             {
                 "Session": grpc.stream_stream_rpc_method_handler(self._session),
                 "Upload": grpc.stream_unary_rpc_method_handler(self._upload),
-                "Offset": grpc.unary_unary_rpc_method_handler(self._offset),
+                # A stream of one message, which nothing on the wire tells from a plain request: gRPC would wait for a
+                # plain request's message for ever, in one of our threads.
+                "Offset": grpc.stream_unary_rpc_method_handler(self._offset),
             },
         )
 
     def _session(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
-            with self._watchdog.watch(context) as timer:
-                established = yield from self._handshake(messages, timer)
-                with self._sessions[established.peer.party].take():  # only the job's parties come here
-                    _log.info("session open: %s", established.peer.party)
-                    records = _timed(messages, timer, self._limits.idle_timeout_s)
-                    for record in serve(established, records, self._handler):
-                        timer.set(self._limits.stall_timeout_s)
-                        yield record
-                        timer.set(None)
+            with ExitStack() as place, self._watchdog.watch(context) as timer:
+                established = yield from self._handshake(messages, context, place, timer)
+                _log.info("session open: %s", established.peer.party)
+                records = _timed(messages, timer, self._limits.idle_timeout_s)
+                for record in serve(established, records, self._handler):
+                    timer.set(self._limits.stall_timeout_s)
+                    yield record
+                    timer.set(None)
         except grpc.RpcError:
             _log.info("session cut")
         except CloisterError as exc:
             _log.info("session refused: %s", exc.code)
             context.abort(*refusal(exc))
 
-    def _handshake(self, messages: Iterator[bytes], timer: _Timer) -> Generator[bytes, None, Established]:
-        with self._handshakes.take():
-            timer.set(self._limits.handshake_timeout_s)
-            responder = self._responder_factory()
-            while True:
-                result = responder.receive(_next(messages), self._clock())
-                if isinstance(result, Established):
-                    timer.set(None)
-                    return result
-                yield result
+    def _handshake(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext, place: ExitStack, timer: Timer
+    ) -> Generator[bytes, None, Established]:
+        place.enter_context(self._strangers.wait(context))
+        timer.set(self._limits.handshake_timeout_s)
+        responder = self._responder_factory()
+        responder.on_admitted = lambda party: _move(place, self._sessions_of[party])
+        while True:
+            result = responder.receive(_next(messages), self._clock())
+            if isinstance(result, Established):
+                timer.set(None)
+                return result
+            yield result
 
     def _upload(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
-            with self._uploads.take(), self._watchdog.watch(context) as timer:
-                timer.set(self._limits.handshake_timeout_s)
-                header, offset = _parse_head(_next(messages), with_offset=True)
-                bundle = self._incoming(header.header)
+            with ExitStack() as place, self._watchdog.watch(context) as timer:
+                header, offset, bundle = self._head(messages, context, place, timer, with_offset=True)
+                _move(place, self._uploads_of[header.header.party], self._uploads)
                 expected = bundle.begin(header.encoded, header.signature)
                 complete = bundle.bundle is not None
                 if not complete and offset != expected:
                     raise ProtocolError(f"the upload begins at offset {offset}, the next is {expected}")
-                for piece in _timed(messages, timer, self._limits.stall_timeout_s):
+                for piece in self._pieces(messages, timer):
                     complete = bundle.feed(offset, piece)
                     offset += len(piece)
                 return encode({"complete": complete, "offset": offset})
@@ -161,14 +170,56 @@ class EnclaveServer:
             _log.info("upload refused: %s", exc.code)
             context.abort(*refusal(exc))
 
-    def _offset(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def _offset(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
-            header, _ = _parse_head(message, with_offset=False)
-            bundle = self._incoming(header.header)
-            offset = bundle.begin(header.encoded, header.signature)
-            return encode({"complete": bundle.bundle is not None, "offset": offset})
+            with ExitStack() as place, self._watchdog.watch(context) as timer:
+                header, _, bundle = self._head(messages, context, place, timer, with_offset=False)
+                _move(place, self._uploads_of[header.header.party])
+                offset = bundle.begin(header.encoded, header.signature)
+                return encode({"complete": bundle.bundle is not None, "offset": offset})
+        except grpc.RpcError:
+            _log.info("question cut")
+            raise
         except CloisterError as exc:
             context.abort(*refusal(exc))
+
+    def _head(
+        self,
+        messages: Iterator[bytes],
+        context: grpc.ServicerContext,
+        place: ExitStack,
+        timer: Timer,
+        *,
+        with_offset: bool,
+    ) -> tuple[UnverifiedHeader, int, IncomingBundle]:
+        """The first message of an upload: a header that is a party's, whoever sent it here, and the offset."""
+        place.enter_context(self._strangers.wait(context))
+        timer.set(self._limits.handshake_timeout_s)
+        header, offset = _parse_head(_next(messages), with_offset=with_offset)
+        timer.set(None)
+        bundle = self._incoming(header.header)
+        bundle.check(header)
+        return header, offset, bundle
+
+    def _pieces(self, messages: Iterator[bytes], timer: Timer) -> Iterator[bytes]:
+        """The messages of an upload, as long as they bring enough."""
+        began, received = time.monotonic(), 0
+        while True:
+            enough = self._limits.stall_timeout_s + received / self._limits.min_upload_bytes_per_s
+            timer.set(min(self._limits.stall_timeout_s, began + enough - time.monotonic()))
+            piece = next(messages, None)
+            timer.set(None)
+            if piece is None:
+                return
+            received += len(piece)
+            yield piece
+
+
+def _move(place: ExitStack, *to: Places) -> None:
+    """Give up a stranger's place for a party's. Raises: BusyError when there is none."""
+    place.close()
+    for places in to:
+        place.enter_context(places.take())
 
 
 def _parse_head(message: bytes, *, with_offset: bool) -> tuple[UnverifiedHeader, int]:
@@ -186,7 +237,7 @@ def _next(messages: Iterator[bytes]) -> bytes:
     return message
 
 
-def _timed(messages: Iterator[bytes], timer: _Timer, timeout_s: float) -> Iterator[bytes]:
+def _timed(messages: Iterator[bytes], timer: Timer, timeout_s: float) -> Iterator[bytes]:
     """Yield messages; the timer runs while we wait for one, not while it is worked on."""
     while True:
         timer.set(timeout_s)
@@ -195,75 +246,3 @@ def _timed(messages: Iterator[bytes], timer: _Timer, timeout_s: float) -> Iterat
         if message is None:
             return
         yield message
-
-
-class _Places:
-    """A bounded number of places; whoever finds none is refused at once."""
-
-    def __init__(self, count: int, refusal: str) -> None:
-        self._free = threading.BoundedSemaphore(count)
-        self._refusal = refusal
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Raises: CapacityError when there is none."""
-        if not self._free.acquire(blocking=False):
-            raise CapacityError(self._refusal, hint="try again later")
-        try:
-            yield
-        finally:
-            self._free.release()
-
-
-class _Timer:
-    """When a connection is to be cut unless something happens."""
-
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self.context = context
-        self.deadline: float | None = None
-
-    def set(self, timeout_s: float | None) -> None:
-        """Start anew, or stop with None."""
-        self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
-
-
-class _Watchdog:
-    """One thread that cuts connections whose timer has run out: strangers, slow readers, the silent."""
-
-    _PERIOD_S = 0.25
-
-    def __init__(self) -> None:
-        self._timers: set[_Timer] = set()
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="enclave-watchdog", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    @contextmanager
-    def watch(self, context: grpc.ServicerContext) -> Iterator[_Timer]:
-        """A timer for this connection, as long as the block runs."""
-        timer = _Timer(context)
-        with self._lock:
-            self._timers.add(timer)
-        try:
-            yield timer
-        finally:
-            with self._lock:
-                self._timers.discard(timer)
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._PERIOD_S):
-            now = time.monotonic()
-            with self._lock:
-                late = [t for t in self._timers if t.deadline is not None and t.deadline < now]
-            for timer in late:
-                _log.info("connection cut: too slow")
-                timer.set(None)
-                timer.context.cancel()

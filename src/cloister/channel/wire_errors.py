@@ -12,6 +12,7 @@ from typing import Any
 from cloister.crypto.encoding import Fields
 from cloister.errors import (
     AdapterError,
+    BusyError,
     CapacityError,
     CloisterError,
     DataError,
@@ -38,6 +39,7 @@ _KINDS: dict[str, type[CloisterError]] = {
         RunError,
         ProtocolError,
         TransportError,
+        BusyError,
     )
 }
 _CODE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")

@@ -20,6 +20,7 @@ from cloister.attest.evidence import Evidence
 from cloister.attest.production import require_confidential, require_listed_measurements
 from cloister.attest.verify import verify
 from cloister.channel.handshake import Peer, Responder, ResponderSettings, VerifyEvidence
+from cloister.channel.limits import Limits
 from cloister.channel.server import EnclaveServer
 from cloister.crypto.bundle import IncomingStore
 from cloister.crypto.encoding import Fields
@@ -116,6 +117,7 @@ def serve_job(
         responder_factory=functools.partial(Responder, settings),
         handler=functools.partial(_answer, core, service),
         incoming=service.incoming,
+        limits=Limits.of_job(len(opened.parties), loaded.job.enclave.max_connections),
     )
     with server:
         _write_address(out / "address", server.address)

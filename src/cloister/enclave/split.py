@@ -20,9 +20,6 @@ from cloister.model.anatomy import load_model, pick_device
 from cloister.model.cut import Latter
 from cloister.progress import Progress, task
 
-MAX_PAYLOAD_BYTES = 1 << 40
-"""Largest bundle that an enclave takes; what a party declares in its signed header bounds it further."""
-
 
 class SplitService:
     """See `server.Service`."""
@@ -34,7 +31,10 @@ class SplitService:
         bundles = out / "bundles"
         bundles.mkdir(parents=True, exist_ok=True)
         self.incoming = IncomingStore(
-            bundles, job_id=opened.resolved.job_id, public_keys=opened.parties, max_payload_bytes=MAX_PAYLOAD_BYTES
+            bundles,
+            job_id=opened.resolved.job_id,
+            public_keys=opened.parties,
+            max_payload_bytes=opened.resolved.job.enclave.max_bundle_mib << 20,
         )
         self._bundles = BundleIntake(self.incoming, opened.kinds)
         self.intake: Intake = self._bundles

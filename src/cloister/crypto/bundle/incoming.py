@@ -20,6 +20,9 @@ from cloister.crypto.bundle.verify import VerifiedBundle, scan_file, verify_bund
 from cloister.crypto.bundle.writer import disk_error, sync_folder, write_all
 from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, VerificationError
 
+MAX_BEGINNINGS = 64
+"""How often a party may begin one bundle anew while this process runs: each discards what came of the one before."""
+
 
 class IncomingBundle:
     """One expected bundle. Safe to call from several connections: bytes are taken only at the current offset."""
@@ -38,6 +41,11 @@ class IncomingBundle:
         self._prefix = b""
         self._size = 0
         self._scanner: BundleScanner | None = None
+        self._begun = 0
+
+    def check(self, unverified: UnverifiedHeader) -> BundleHeader:
+        """The header, if it is this party's for this job. Touches no disk. Raises: VerificationError."""
+        return unverified.verify(job_id=self._job_id, party=self._party, public_key=self._public_key)
 
     def begin(self, encoded_header: bytes, signature: bytes) -> int:
         """Verify the signed header and return the offset in the bundle's file from which to send.
@@ -45,10 +53,11 @@ class IncomingBundle:
         A part with another header is discarded: that bundle was begun anew by its party.
 
         Raises: VerificationError if the header is not this party's for this job; CapacityError if it claims more
-            than this server takes; ProtocolError if another bundle is complete already.
+            than this server takes, or the bundle was begun anew too often; ProtocolError if another bundle is complete
+            already.
         """
         unverified = UnverifiedHeader.parse(encoded_header, signature)
-        header = unverified.verify(job_id=self._job_id, party=self._party, public_key=self._public_key)
+        header = self.check(unverified)
         if header.max_payload_bytes > self._max_payload_bytes:
             raise CapacityError(
                 f"the bundle may hold {header.max_payload_bytes} bytes, this enclave takes {self._max_payload_bytes}",
@@ -123,6 +132,8 @@ class IncomingBundle:
             same, size = False, 0
         except OSError as exc:
             raise DataError(f"cannot read: {exc.strerror}", where=str(self.part)) from exc
+        if not same:
+            self._count_beginning()
         self._header, self._prefix, self._size = header, prefix, 0
         self._scanner = scanner = BundleScanner(header, self._public_key)
         if not same:
@@ -144,6 +155,13 @@ class IncomingBundle:
             excess = size - file.tell() + in_buffer
         if scanner.done:
             self._publish(header, scanner, excess)
+
+    def _count_beginning(self) -> None:
+        """A party that crashes while it writes its bundle begins anew; one that does so without end is stopped."""
+        if self._begun == MAX_BEGINNINGS:
+            message = f"this bundle was begun anew {MAX_BEGINNINGS} times"
+            raise CapacityError(message, where=self._party, hint="a restarted enclave counts anew")
+        self._begun += 1
 
     def _append(self, data: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
