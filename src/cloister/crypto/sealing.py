@@ -103,8 +103,11 @@ def _associated(purpose_sha256: bytes, index: int, last: bool) -> bytes:
     return purpose_sha256 + index.to_bytes(8, "big") + bytes([last])
 
 
-def write_durably(path: Path, *parts: bytes) -> None:
-    """Put a file in place whole or not at all, mode 0600, and on disk before this returns.
+def write_durably(path: Path, *parts: bytes, mode: int = 0o600) -> None:
+    """Put a file in place whole or not at all, and on disk before this returns.
+
+    Args:
+        mode: who may read it, less the process's umask.
 
     Raises:
         CapacityError, DataError: see `disk_error`; what was there before stays.
@@ -112,7 +115,7 @@ def write_durably(path: Path, *parts: bytes) -> None:
     part = path.with_name(path.name + ".part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        fd = os.open(part, flags, 0o600)
+        fd = os.open(part, flags, mode)
         try:
             for each in parts:
                 write_all(fd, each)

@@ -31,6 +31,7 @@ from cloister.agreement import (
     wrap_info,
 )
 from cloister.agreement.checkpoint import Start, lineage_nonce, share_info
+from cloister.agreement.receipt import Receipt
 from cloister.attest.attester import Attester
 from cloister.attest.binding import instance_report_data
 from cloister.attest.claims import Claims
@@ -357,10 +358,14 @@ class EnclaveCore:
             self._events.append(event)
             self._news.notify_all()
 
-    def finish(self, outcome: Outcome) -> None:
-        """Hand over results; the phase is then "finished"."""
+    def finish(self, outcome: Outcome, on_complete: Callable[[Receipt], None] = lambda receipt: None) -> None:
+        """Hand over results; the phase is then "finished".
+
+        Args:
+            on_complete: called when the last party has countersigned, before any party is told so.
+        """
         with self._news:
-            self._desk.outcome, self.phase = outcome, "finished"
+            self._desk.outcome, self._desk.on_complete, self.phase = outcome, on_complete, "finished"
             self._news.notify_all()
 
     def fail(self, error: CloisterError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class ResultDesk:
 
     def __init__(self, parties: Mapping[str, bytes], recipients: frozenset[str], news: threading.Condition) -> None:
         self.outcome: Outcome | None = None
+        self.on_complete: Callable[[Receipt], None] = lambda receipt: None
         self._parties, self._recipients, self._news = dict(parties), recipients, news
         self.handlers: dict[str, Handler] = {
             "result": self._result,
@@ -89,7 +90,10 @@ class ResultDesk:
         message = countersign_message(outcome.receipt, at)
         verify_signature(self._parties[party], COUNTERSIGN_LABEL, message, signature, where=party)
         with self._news:
-            outcome.receipt = outcome.receipt.countersigned(party, at, signature)
+            receipt = outcome.receipt.countersigned(party, at, signature)
+            if len(receipt.countersignatures) == len(self._parties):
+                self.on_complete(receipt)  # before any party hears of it, and leaves
+            outcome.receipt = receipt
             self._news.notify_all()
         return {}
 

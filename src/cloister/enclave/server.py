@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 
 from cloister.agreement.job import OpenJob, open_job
 from cloister.agreement.own import find_own_attester, own_claims
+from cloister.agreement.receipt import Receipt
 from cloister.attest.attester import Attester, Found
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
@@ -24,19 +26,22 @@ from cloister.channel.limits import Limits
 from cloister.channel.server import EnclaveServer
 from cloister.crypto.bundle import IncomingStore
 from cloister.crypto.encoding import Fields
+from cloister.crypto.sealing import write_durably
 from cloister.enclave.checkpoints import CheckpointFolder
 from cloister.enclave.core import EnclaveCore
 from cloister.enclave.intake import Handler, Intake
 from cloister.enclave.results import Outcome
 from cloister.enclave.slice import SliceService
 from cloister.enclave.split import SplitService
-from cloister.errors import CloisterError, RunError, UsageError
+from cloister.errors import CapacityError, CloisterError, DataError, RunError, UsageError
 from cloister.jobfile import LoadedJob
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
 from cloister.report.model import Training
 from cloister.report.outputs import EnclaveReport
 
+REPORT = "enclave.json"
+"""In OUT once every party has countersigned the receipt."""
 PARTY_TIMEOUT_S = 24 * 3600.0
 """How long to wait for parties that have not come."""
 TELL_TIMEOUT_S = 5.0
@@ -79,6 +84,8 @@ def serve_job(
 ) -> EnclaveReport:
     """Run a job's enclave to its end.
 
+    A job that every party has countersigned is over: started again, its enclave returns the report in OUT/enclave.json.
+
     Args:
         out: folder for arriving (sealed) bundles, for sealed checkpoints, and for `address` once it listens. What is
             there of an earlier instance of this job is taken up.
@@ -95,6 +102,9 @@ def serve_job(
             hint="leave it out; parties answer sample prompts at the end of their part",
         )
     opened = open_job(loaded, progress=progress)
+    ended = _ended(out / REPORT, opened)
+    if ended is not None and not serve:
+        return ended
     require_listed_measurements(opened.policy, address=listen, insecure_simulated=insecure_simulated)
     found = find_own_attester(opened, insecure_simulated=insecure_simulated, progress=progress)
     claims = own_claims(
@@ -121,23 +131,45 @@ def serve_job(
     )
     with server:
         _write_address(out / "address", server.address)
-        outcome = _work(core, service, opened, progress)
+        report = functools.partial(_report, core, opened, claims, found, server.address)
+        outcome = _work(core, service, opened, progress, lambda o, receipt: _keep(out / REPORT, report(o, receipt)))
         with task(progress, "answering queries" if serve else "handing out results"):
             if serve:
                 core.wait_forever()
             core.wait_until_left(LEAVE_TIMEOUT_S)
+    return report(outcome, outcome.receipt)
+
+
+def _report(
+    core: EnclaveCore, opened: OpenJob, claims: Claims, found: Found, address: str, outcome: Outcome, receipt: Receipt
+) -> EnclaveReport:
     declared = json.loads(outcome.declared)
     return EnclaveReport(
         job_id=core.job_id,
-        address=server.address,
+        address=address,
         attestation=attestation_of(claims),
         attester=found.how,
         parties=list(opened.parties),
         training=Training(**{k: declared["training"][k] for k in ("tokens", "tokens_per_s", "steps")}),
         timing=declared["timing"],
-        adapter_sha256=json.loads(outcome.receipt.body)["adapter_sha256"],
-        receipt_sha256=hashlib.sha256(outcome.receipt.to_bytes()).hexdigest(),
+        adapter_sha256=json.loads(receipt.body)["adapter_sha256"],
+        receipt_sha256=hashlib.sha256(receipt.to_bytes()).hexdigest(),
     )
+
+
+def _keep(path: Path, report: EnclaveReport) -> None:
+    """Note that the job is over: an instance started later would wait for parties that have left."""
+    with suppress(CapacityError, DataError):  # every party has its results: a full disk must not cost them those
+        write_durably(path, report.to_json().encode())
+
+
+def _ended(path: Path, opened: OpenJob) -> EnclaveReport | None:
+    """The report of this job, if it is over. Its operator, who could forge it, could as well not start the enclave."""
+    try:
+        report = EnclaveReport.read(path)
+    except DataError:  # there is none, or half of one
+        return None
+    return report if report.job_id == opened.resolved.job_id else None
 
 
 def responder_settings(
@@ -184,7 +216,13 @@ def _answer(core: EnclaveCore, service: Service, peer: Peer, method: str, body: 
     return core.handle(peer.party, method, body)
 
 
-def _work(core: EnclaveCore, service: Service, opened: OpenJob, progress: Progress) -> Outcome:
+def _work(
+    core: EnclaveCore,
+    service: Service,
+    opened: OpenJob,
+    progress: Progress,
+    on_complete: Callable[[Outcome, Receipt], None],
+) -> Outcome:
     if (threads := opened.resolved.job.enclave.threads) is not None:
         torch.set_num_threads(threads)
     try:
@@ -192,7 +230,7 @@ def _work(core: EnclaveCore, service: Service, opened: OpenJob, progress: Progre
         with task(progress, "waiting for parties") as waiting:
             core.wait_for_keys(PARTY_TIMEOUT_S, functools.partial(_note_missing, waiting))
         outcome = service.work(core, progress)
-        core.finish(outcome)
+        core.finish(outcome, functools.partial(on_complete, outcome))
         return outcome
     except Exception as error:
         fault = RunError(

@@ -240,6 +240,7 @@ def _start_enclave(roles: Roles, out: Path, flags: list[str], *, serve: bool, th
     folder = out / "enclave"
     folder.mkdir(exist_ok=True)
     (folder / "address").unlink(missing_ok=True)
+    (folder / "enclave.json").unlink(missing_ok=True)  # all parties of this run come again, whatever it ended before
     arguments = ["enclave", str(out / "job.toml"), "--listen", "127.0.0.1:0", "--out", str(folder)]
     arguments += [*flags, *(["--serve"] if serve else [])]
     log = out / "logs" / "enclave.log"

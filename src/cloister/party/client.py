@@ -8,7 +8,7 @@
 6. release the data keys, and the share that opens the checkpoint, to this instance, for this manifest
 7. keep a share of the instance's own sealing key
 8. follow the training, note and sign its checkpoints
-9. take results, verify the receipt, countersign it
+9. take results, verify the receipt, keep both on disk, countersign it
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ from cloister.agreement import (
     keys_message,
     wrap_info,
 )
-from cloister.agreement.receipt import COUNTERSIGN_LABEL, Receipt, countersign_message, verify_receipt
+from cloister.agreement.receipt import COUNTERSIGN_LABEL, Receipt, Verdict, countersign_message, verify_receipt
 from cloister.attest.attester import Attester
 from cloister.attest.binding import instance_report_data
 from cloister.attest.claims import Claims
@@ -74,6 +74,10 @@ Alongside = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 def _nothing_alongside() -> AbstractContextManager[Callable[[], None]]:
     return nullcontext(lambda: None)
+
+
+def _keep_in_memory(results: Results) -> None:
+    """For callers that live as long as they need the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +141,13 @@ class PartyClient:
         on_missing: Callable[[list[str]], None],
         on_event: Callable[[dict[str, Any]], None],
         alongside: Alongside = _nothing_alongside,
+        keep: Callable[[Results], None] = _keep_in_memory,
     ) -> Results:
         """Go through all steps.
 
         Args:
             upload: step 3, whatever it takes.
+            keep: puts verified results on disk. Countersigning says that this party has them: the others may leave.
 
         Raises:
             VerificationError: instance, manifest or receipt are not what they must be; nothing is released.
@@ -160,7 +166,7 @@ class PartyClient:
             follower.keep_share(session, consent.start)
         with alongside() as check:
             self._follow(session, follower, on_event, check)
-        return self._take_results(session, instance, follower)
+        return self._take_results(session, instance, follower, keep)
 
     @property
     def memory_file(self) -> Path:
@@ -301,7 +307,9 @@ class PartyClient:
                 if isinstance(event, dict):
                     on_event(event)
 
-    def _take_results(self, session: Requests, instance: VerifiedInstance, follower: Follower) -> Results:
+    def _take_results(
+        self, session: Requests, instance: VerifiedInstance, follower: Follower, keep: Callable[[Results], None]
+    ) -> Results:
         fields = Fields(session.request("result", {}), "result")
         declared = _json_object(fields.blob("declared", max_size=64 << 20))
         scores = {str(k): str(v) for k, v in fields.table("scores").items()}
@@ -311,15 +319,40 @@ class PartyClient:
         self._check_receipt(receipt, complete=False)
         follower.check_history(receipt)
         _check_contents(json.loads(receipt.body), declared, adapter)
+        results = Results(
+            declared=declared,
+            scores=scores,
+            adapter=adapter,
+            receipt=receipt,
+            complete=False,
+            claims=instance.claims,
+        )
+        keep(results)
         self._countersign(session, receipt)
         receipt, complete = self._await_countersignatures(session, receipt.body_sha256)
+        return replace(results, receipt=receipt, complete=complete)
+
+    def accept_kept(
+        self, receipt: Receipt, declared: dict[str, Any], scores: dict[str, str], adapter: dict[str, bytes]
+    ) -> Results:
+        """Results that an earlier start has kept: checked as they were then, but for the instance, which is gone.
+
+        Raises:
+            VerificationError, ProtocolError: they are not of this job and manifest, or do not belong together.
+            OSError: the manifest that this party has signed cannot be read.
+        """
+        body = self._check_body(receipt)
+        verdict = self._check_receipt(receipt, complete=False)
+        _check_contents(body, declared, adapter)
+        if verdict.claims is None:
+            raise VerificationError("receipt", "nobody vouches for the instance", where="receipt")
         return Results(
             declared=declared,
             scores=scores,
             adapter=adapter,
             receipt=receipt,
-            complete=complete,
-            claims=instance.claims,
+            complete=verdict.passed,
+            claims=verdict.claims,
         )
 
     def _await_countersignatures(self, session: Requests, body_sha256: bytes) -> tuple[Receipt, bool]:
@@ -340,9 +373,13 @@ class PartyClient:
         """A party vouches for the very instance that it has verified live."""
         if (receipt.instance.id, receipt.instance.signing_key) != (instance.id, instance.signing_key):
             raise VerificationError("receipt-instance", "the receipt is of another instance", where="receipt")
-        body = json.loads(receipt.body)
+        self._check_body(receipt)
+
+    def _check_body(self, receipt: Receipt) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(receipt.body)
         if body.get("job_id") != self.job_id or body.get("manifest") != self.memory.read_bytes().hex():
             raise VerificationError("receipt-manifest", "the receipt is of another job or manifest", where="receipt")
+        return body
 
     def _fetch_adapter(self, session: Requests, sizes: Mapping[str, object]) -> dict[str, bytes]:
         """The released files, piece by piece. The receipt, not the enclave's word, decides whether they are right."""
@@ -367,13 +404,14 @@ class PartyClient:
         signature = self.key.sign(COUNTERSIGN_LABEL, countersign_message(receipt, at))
         session.request("countersign", {"time": at, "signature": signature})
 
-    def _check_receipt(self, receipt: Receipt, *, complete: bool) -> None:
+    def _check_receipt(self, receipt: Receipt, *, complete: bool) -> Verdict:
         verdict = verify_receipt(
             receipt.to_bytes(), policy=self.policy, adapter_sha256=None, allow_simulated=self.allow_simulated
         )
         failed = [c for c in verdict.checks if not c.passed and (complete or c.name != "countersignatures")]
         if failed:
             raise VerificationError("receipt", f"{failed[0].name}: {failed[0].reason}", where="receipt")
+        return verdict
 
 
 def _check_contents(body: Mapping[str, Any], declared: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:

@@ -15,11 +15,11 @@ from cloister.model.cut import Former
 from cloister.party.bundles import SealedParty, seal_party
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import generate, stop_ids
+from cloister.party.results import keep_receipt, keep_results, kept_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
     Entering,
-    keep_results,
     make_report,
     may_ask,
     open_session,
@@ -54,7 +54,10 @@ def join_split(entering: Entering, *, progress: Progress, samples: int = 0) -> J
     sealed = seal_party(opened.resolved, party, entering.key, out / "bundles", device=device, progress=progress)
     timing["former layers"] = time.monotonic() - started
     counter = Counter()
-    results = with_reconnect(lambda: _take_part(client, entering, opened, sealed, counter, timing, progress, samples))
+    results = with_reconnect(
+        lambda: _take_part(client, entering, opened, sealed, counter, timing, progress, samples),
+        lambda: kept_results(out, client, released=entering.is_recipient),
+    )
     return make_report(
         opened,
         party,
@@ -86,8 +89,9 @@ def _take_part(
                     upload=functools.partial(_upload, entering.enclave, sealed, counter, timing, progress),
                     on_missing=lambda names: waiting.set(0.0, note=", ".join(names)),
                     on_event=lambda event: show_event(training.set, event),
+                    keep=functools.partial(keep_results, entering.out),
                 )
-            keep_results(entering.out, results)
+            keep_receipt(entering.out, results.receipt)
             if samples:
                 _answer_samples(session, opened, entering, samples, progress)
             session.request("leave", {})

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cloister.adapters.files import write_adapter
 from cloister.agreement.approval import Approval
 from cloister.agreement.job import OpenJob, open_job
 from cloister.attest.attester import Attester
@@ -27,7 +26,7 @@ from cloister.channel.handshake import Initiator
 from cloister.channel.rpc import Session
 from cloister.crypto.keys import PartyKey
 from cloister.data.records import Record, load_records
-from cloister.errors import TransportError, UsageError, VerificationError
+from cloister.errors import TransportError, UsageError
 from cloister.jobfile import LoadedJob
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import as_trained, prompt_ids
@@ -84,6 +83,12 @@ class Entering:
             torch.set_num_threads(threads)
         return opened
 
+    @property
+    def is_recipient(self) -> bool:
+        """Whether the job releases the adapter to this party."""
+        to = self.loaded.job.release.to
+        return to != "none" and self.party in to
+
     def client(self, opened: OpenJob, attester: Attester | None = None) -> PartyClient:
         """The party's side of the protocol; `attester`: of its own TEE, if it has one."""
         approved = None if self.approval is None else Approval.load(self.approval)
@@ -139,18 +144,27 @@ def open_session(client: PartyClient, enclave: str) -> Session:
     return connect(enclave, initiator)
 
 
-def with_reconnect(attempt: Callable[[], Results]) -> Results:
-    """Begin again with a new session when the connection is lost; what was sent is not sent again."""
+def with_reconnect(attempt: Callable[[], Results], kept: Callable[[], Results | None] = lambda: None) -> Results:
+    """Begin again with a new session when the connection is lost; what was sent is not sent again.
+
+    Args:
+        kept: what this party has on disk. Where every party has countersigned it, nobody needs to come back; where
+            not, it is what there is once the enclave stays away.
+    """
     deadline, pause = time.monotonic() + RECONNECT_S, 0.5
     while True:
         begun = time.monotonic()
         try:
             return attempt()
         except TransportError:
-            now = time.monotonic()
+            found, now = kept(), time.monotonic()
+            if found is not None and found.complete:
+                return found
             if now - begun > 60.0:  # it worked for a while: a new loss has its own time
                 deadline, pause = now + RECONNECT_S, 0.5
             if now + pause > deadline:
+                if found is not None:
+                    return found
                 raise
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
@@ -159,19 +173,6 @@ def with_reconnect(attempt: Callable[[], Results]) -> Results:
 def show_event(show: Callable[..., None], event: dict[str, Any]) -> None:
     with suppress(KeyError, TypeError, ValueError):
         show(float(event["step"]), total=float(event["num_steps"]), note=f"loss {float(event['train_loss']):.3f}")
-
-
-def keep_results(out: Path, results: Results) -> None:
-    """Write what the party got; the receipt last."""
-    (out / "scores").mkdir(parents=True, exist_ok=True)
-    for system, lines in results.scores.items():
-        if system not in ("base", "cloister"):
-            raise VerificationError("scores", f"the enclave sent scores of an unknown system {system[:40]!r}")
-        (out / "scores" / f"{system}.jsonl").write_text(lines, encoding="utf-8")
-    if results.adapter:
-        write_adapter(results.adapter, out / "adapter")
-    (out / "declared.json").write_text(json.dumps(results.declared, indent=1))
-    (out / "receipt.json").write_bytes(results.receipt.to_bytes())
 
 
 def may_ask(opened: OpenJob, party: str) -> bool:

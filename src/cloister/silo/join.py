@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import secrets
@@ -28,11 +29,11 @@ from cloister.masking.weights import GroupPlan
 from cloister.model.anatomy import load_tokenizer
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import stop_ids
+from cloister.party.results import keep_receipt, keep_results, kept_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
     Entering,
-    keep_results,
     make_report,
     may_ask,
     open_session,
@@ -108,7 +109,10 @@ class _Silo:
         with open_model(entering, self._opened, lambda plans: self._rows(plans, data), self._progress) as model:
             self._timing["preparing"] = time.monotonic() - began
             work = SiloWork(model.half, data, resolved.job, entering.party, in_flight=IN_FLIGHT, verify=model.verify)
-            results = with_reconnect(lambda: self._take_part(committed, model, work))
+            results = with_reconnect(
+                lambda: self._take_part(committed, model, work),
+                lambda: kept_results(entering.out, self._client, released=entering.is_recipient),
+            )
         return make_report(
             self._opened,
             entering.party,
@@ -146,8 +150,9 @@ class _Silo:
                     on_missing=lambda names: waiting.set(0.0, note=", ".join(names)),
                     on_event=lambda event: show_event(shown.set, event),
                     alongside=lambda: worker.beside(self._session()),
+                    keep=functools.partial(keep_results, entering.out),
                 )
-            keep_results(entering.out, results)
+            keep_receipt(entering.out, results.receipt)
             if self._samples and final:
                 self._answer_samples(model, work, final[-1])
             session.request("leave", {})

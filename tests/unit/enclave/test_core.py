@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cloister.agreement import APPROVAL_LABEL
+from cloister.agreement.receipt import Receipt
 from cloister.enclave.core import EnclaveCore
 from cloister.errors import ProtocolError, RunError
 from tests.unit.enclave.stage import Stage
@@ -95,3 +96,18 @@ def test_two_instances_share_nothing(stage: Stage) -> None:
     assert first.instance_id != second.instance_id
     assert first.signing_key.public != second.signing_key.public
     assert first.hpke_key.public != second.hpke_key.public
+
+
+def test_the_last_countersignature_is_noted_before_any_party_hears_of_it(stage: Stage) -> None:
+    core, noted = stage.enclave(), list[tuple[list[str], list[str]]]()
+    finish = core.finish
+
+    def note(receipt: Receipt) -> None:
+        assert core.outcome is not None
+        noted.append((sorted(receipt.countersignatures), sorted(core.outcome.receipt.countersignatures)))
+
+    core.finish = lambda outcome: finish(outcome, note)  # type: ignore[method-assign, misc]
+    stage.perform(core)
+    [(then, told)] = noted
+    assert then == ["north", "south"]
+    assert len(told) == 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cloister.adapters.files import CONFIG, WEIGHTS
 from cloister.errors import ProtocolError, TransportError, VerificationError
 from cloister.party import taking_part
 from cloister.party.client import Results
@@ -90,22 +89,13 @@ def test_a_refusal_is_final(monkeypatch: pytest.MonkeyPatch, error: Exception) -
     assert len(begun) == 1
 
 
-def test_what_is_kept(results: dict[str, Results], tmp_path: Path) -> None:
-    for name, kept in results.items():
-        taking_part.keep_results(tmp_path / name, kept)
-        assert (tmp_path / name / "scores" / "cloister.jsonl").read_text() == f"scores of {name}"
-        assert (tmp_path / name / "receipt.json").read_bytes() == kept.receipt.to_bytes()
-        assert json.loads((tmp_path / name / "declared.json").read_text()) == kept.declared
-    assert {path.name for path in (tmp_path / "north" / "adapter").iterdir()} == {CONFIG, WEIGHTS}
-    assert not (tmp_path / "south" / "adapter").exists()
-
-
-def test_scores_of_an_unknown_system_are_not_written(results: dict[str, Results], tmp_path: Path) -> None:
-    """The name becomes a file's name."""
-    for name in ("../../x", "local", "", "/tmp/x"):  # noqa: S108  # never written
-        results["north"].scores[name] = "x"
-        with pytest.raises(VerificationError) as error:
-            taking_part.keep_results(tmp_path / "out", results["north"])
-        assert error.value.code == "scores"
-        del results["north"].scores[name]
-    assert not (tmp_path / "out" / "receipt.json").exists()
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_is_kept_counts_once_the_enclave_is_gone(
+    monkeypatch: pytest.MonkeyPatch, results: dict[str, Results], complete: bool
+) -> None:
+    """At once where every party has countersigned; otherwise the party goes on looking for the enclave."""
+    clock, kept = Clock(monkeypatch), replace(results["north"], complete=complete)
+    attempt, begun = attempts(clock, (1.0, TransportError("gone")))
+    assert taking_part.with_reconnect(attempt, lambda: kept) is kept
+    assert (len(begun) == 1) == complete
+    assert (clock.now > taking_part.RECONNECT_S - 20.0) != complete
