@@ -47,3 +47,9 @@ def require_isolated(kind: str) -> None:
             where="enclave",
             hint="start it as `HF_HUB_OFFLINE=1 python3 -I -m cloister enclave ...`, as the units in deploy/ do",
         )
+
+
+def interpreter_flags() -> list[str]:
+    """Flags for starting another Python that is as isolated as this one."""
+    closed = sys.flags.ignore_environment and sys.flags.safe_path and sys.flags.no_user_site
+    return ["-I"] if closed else []

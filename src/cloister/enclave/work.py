@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from cloister.enclave.compute import Work, open_payloads, require_packs, run_sco
 from cloister.enclave.core import EnclaveCore
 from cloister.enclave.intake import BundleIntake
 from cloister.enclave.results import Outcome
+from cloister.enclave.workers import spread_out
 from cloister.jobfile import ResolvedJob
 from cloister.model.cut import Latter
 from cloister.progress import Progress, task
@@ -31,10 +32,14 @@ def train_and_score(
     *,
     cache_bytes: int,
     progress: Progress,
+    parted: bool = False,
 ) -> tuple[PeftModel, Outcome]:
     """Run the job on the bundles that have come in. The trained adapter stays in `latter`.
 
     Training goes on from the checkpoint that the parties have consented to, if there is one.
+
+    Args:
+        parted: whether the frozen layers are parted between the processes; `latter` is then of no use afterwards.
 
     Raises:
         ProtocolError: a bundle's content is malformed; names the party.
@@ -50,6 +55,9 @@ def train_and_score(
         payloads = open_payloads(opened, resolved.job, latter, sources)
         require_packs(payloads, resolved.job)
         work = Work(job=resolved.job, cut=resolved.cut, latter=latter, payloads=payloads, cache_bytes=cache_bytes)
+        kind, model = core.claims.type, resolved.model.folder
+        with task(progress, "starting processes") if resolved.job.enclave.processes > 1 else nullcontext():
+            work = opened.enter_context(spread_out(work, model, sources, before.checkpoint, kind=kind, parted=parted))
         adapted, result = _train(core, work, progress, before)
         clock.lap("training", before.seconds)
         tokens = len(work.systems) * sum(sum(p.tokens) for p in payloads["test"].values())

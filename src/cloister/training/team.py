@@ -140,6 +140,11 @@ def _others_may_be_gone() -> Iterator[None]:
         raise LostProcessError("the connection to another process is lost", where="[enclave] processes") from exc
 
 
+def is_loss(error: RuntimeError) -> bool:
+    """Whether torch says by this error that another process is gone, or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def spread(tokens: Sequence[int], count: int) -> list[list[int]]:
     """Deal packs of so many tokens to `count` processes, as places in the list, ascending.
 
