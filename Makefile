@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-tpm lint format format-check types schema clean distclean
+.PHONY: help setup demo test test-slow test-net test-tpm lint format format-check types schema coverage fuzz experiments experiments-quick clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|' 2>/dev/null \
@@ -28,10 +28,13 @@ demo: setup ## run the main job on bundled data: one enclave and five parties on
 	$(BIN)/cloister demo --out demo-run
 
 test: setup ## run the tests, those that start several processes included
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not tpm'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not tpm and not net'
 
 test-slow: setup ## run the slow tests: the wheel in an empty environment, large streams
 	$(BIN)/python -m pytest -m slow
+
+test-net: setup ## run the tests over a bad network, with many parties, strangers and two users at once; as root
+	$(BIN)/python -m pytest tests/net -m net
 
 test-tpm: setup ## run the tests against a software TPM (swtpm)
 	@command -v swtpm >/dev/null && command -v swtpm_setup >/dev/null || { echo "make: these tests need a software TPM:" \
@@ -41,6 +44,12 @@ test-tpm: setup ## run the tests against a software TPM (swtpm)
 coverage: setup ## branch coverage of attest, channel, crypto: 100 % or it fails; needs the samples of tests/evidence.py
 	$(BIN)/python -m pytest -p no:xdist -m 'not slow' --cov --cov-report=term-missing:skip-covered \
 	  tests/unit/attest tests/unit/channel tests/unit/crypto tests/attacks
+
+experiments: setup ## the study of accuracy behind docs/results.md: hours; begun again, it goes on where it stopped
+	$(BIN)/python -m experiments
+
+experiments-quick: setup ## the same systems, one seed, no tuned rates, minutes: into runs/experiments-quick
+	$(BIN)/python -m experiments --quick
 
 TARGET ?=
 SECONDS ?= 600

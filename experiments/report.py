@@ -1,0 +1,125 @@
+"""The study's results as text and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister.job import Job
+from experiments import figures
+from experiments.page import ablation_table, main_table, margins, party_table, verdict_table
+from experiments.run import Done
+from experiments.study import MAIN, REFERENCE, Arm, Budget
+from experiments.tables import Columns, Row, columns, rows
+
+Facts = dict[str, tuple[str, str]]
+"""Trained parameters and learning rate, by title."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that was trained, by name of the arm; one entry for each seed."""
+
+    base: Job
+    budget: Budget
+    cut: int
+    main: Mapping[str, Sequence[Done]]
+    tables: Mapping[str, Sequence[Arm]]
+    ablated: Mapping[str, Mapping[str, Sequence[Done]]]
+    rates: Mapping[str, Mapping[float, float]]
+
+
+def write_report(results: Results, folder: Path) -> str:
+    """Markdown; figures go to `folder`/figures.
+
+    Raises:
+        DataError: systems were scored on different examples.
+    """
+    compared = {arm.title: _compared(results, arm) for arm in MAIN}
+    facts = {arm.title: _facts(arm, results.main[arm.name][0]) for arm in MAIN}
+    parties = [party.name for party in results.base.party]
+    text = [
+        _setting(results),
+        "All test records together; against centralised LoRA on all layers, paired, with 95 % intervals:\n",
+        main_table(compared, facts),
+        "![Bits per byte against centralised LoRA](figures/differences.svg)\n",
+        "Bits per byte by party:\n",
+        party_table(compared, parties, accuracy=False),
+        "Accuracy on classification records by party, in per cent:\n",
+        party_table(compared, parties, accuracy=True),
+        f"Not worse than centralised LoRA, with margins fixed beforehand ({margins()})? One-sided, Holm-corrected over "
+        "the parties; bits per byte:\n",
+        verdict_table(compared, parties, accuracy=False),
+        "Accuracy:\n",
+        verdict_table(compared, parties, accuracy=True),
+        _rates(results),
+    ]
+    figures.differences(compared, folder / "figures" / "differences.svg")
+    ablated = {title: _ablation(results, title) for title in results.tables}
+    for title, (table, ablation_facts) in ablated.items():
+        text += [f"**{title}** (one seed)\n", ablation_table(table, ablation_facts)]
+    if ablated:
+        figures.ablations({title: table for title, (table, _) in ablated.items()}, folder / "figures" / "ablations.svg")
+        text.append("![Ablations](figures/ablations.svg)\n")
+    return "\n".join(text)
+
+
+def _compared(results: Results, arm: Arm) -> list[Row]:
+    """Rows of the main table: against the same seeds of the reference."""
+    own, reference = results.main[arm.name], results.main[REFERENCE]
+    same = reference if arm.system == "base" else reference[: len(own)]
+    return rows(_columns(own), None if arm.name == REFERENCE else _columns(same))
+
+
+def _ablation(results: Results, title: str) -> tuple[dict[str, list[Row]], Facts]:
+    """Rows of one table, compared with the first seed of the reference where the parties are the same."""
+    found, facts = {}, {}
+    reference = _columns(results.main[REFERENCE][:1])
+    for arm in results.tables[title]:
+        done = results.ablated[title][arm.name][:1]
+        own = _columns(done)
+        found[arm.title] = rows(own, reference if own.keys() == reference.keys() else None)
+        facts[arm.title] = _facts(arm, done[0])
+    return found, facts
+
+
+def _columns(done: Sequence[Done]) -> dict[str, Columns]:
+    return columns([one.outcome.scores for one in done if one.outcome is not None])
+
+
+def _facts(arm: Arm, done: Done) -> tuple[str, str]:
+    if arm.system == "base" or done.outcome is None:
+        return "", ""
+    return f"{done.outcome.trained_parameters:,}", f"{done.cell.job.training.learning_rate:g}"
+
+
+def _setting(results: Results) -> str:
+    budget, job = results.budget, results.base
+    reference = next(d.outcome for d in results.main[REFERENCE] if d.outcome)
+    seeds = f"{len(budget.seeds)} seeds" if len(budget.seeds) > 1 else "one seed"
+    return (
+        f"{Path(job.model.path).name}, cut after layer {results.cut}; {budget.steps} steps of {budget.batch_tokens:,} "
+        f"tokens ({reference.tokens:,} in all) for every system over all parties together, except that each party "
+        f"*alone* has the whole budget for itself; {budget.rounds} rounds; {seeds}; "
+        f"{sum(map(len, reference.scores.values())):,} test records, at most {budget.examples} of each task of each "
+        "party. Examination questions with choices of their own count by their bits alone.\n"
+    )
+
+
+def _rates(results: Results) -> str:
+    if not results.budget.tuned:
+        return "Learning rates were not tuned: those of the adapter's kind were taken.\n"
+    tried = "; ".join(f"{name} {_tried(found)}" for name, found in results.rates.items())
+    return (
+        "Learning rates, by one rule for all: the rate of the adapter's kind and its neighbours at a factor of 3.2, "
+        "further while the best is at an end; best by validation records after a third of the budget, first seed. Bits "
+        f"per byte of what was tried: {tried}. `slice` takes the rate of the same rounds with plain products, a party "
+        "alone that of centralised LoRA.\n"
+    )
+
+
+def _tried(found: Mapping[float, float]) -> str:
+    losses = {rate: "diverged" if math.isinf(loss) else f"{loss:.4f}" for rate, loss in sorted(found.items())}
+    return ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())
