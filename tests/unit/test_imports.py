@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": _SIDE - {"channel"}
     | {"training", "evaluation", "accelerator", "federation", "masking"}
     | {"party", "silo"},
-    "bench": {"errors", "progress", "job", "data", "model", "adapters", "training", "masking"}
+    "bench": {"errors", "progress", "job", "jobfile", "data", "model", "adapters", "training", "evaluation", "masking"}
     | {"accelerator", "methods", "report"},
     "cli": {"errors", "progress", "jobfile", "crypto", "evaluation", "report"}
     | {"accelerator", "bench", "enclave", "party", "methods"},

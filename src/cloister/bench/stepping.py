@@ -97,7 +97,7 @@ def _masked(
             pads=pads,
             check=system != "unchecked",
         )
-        yield Whole(masked.model), masked.verify
+        yield Whole(masked.model, all_tokens=True), masked.verify
 
 
 def memory() -> int:

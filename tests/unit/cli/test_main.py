@@ -106,6 +106,7 @@ def test_the_commands_are_those_of_the_design() -> None:
         "demo", "run", "enclave", "join", "accelerator", "pads", "plan", "verify", "evaluate", "compare", "export",
         "generate", "doctor", "init", "keygen", "sign", "attest collect", "attest show", "attest verify",
         "attest fetch", "attest enrol", "attest measure", "bench slice",
+        "bench split",
     ]  # fmt: skip
 
 
