@@ -98,6 +98,23 @@ def check_processor() -> DoctorCheck:
     return DoctorCheck(name="processors", status="ok", found=found)
 
 
+def check_processes() -> DoctorCheck:
+    """An enclave may train in several processes, which meet over loopback."""
+    import torch.distributed as dist
+
+    loopback = psutil.net_if_stats().get("lo")
+    lacks = {
+        "torch with gloo": dist.is_available() and dist.is_gloo_available(),
+        "a loopback interface lo that is up": loopback is not None and loopback.isup,
+        "anonymous memory (memfd_create)": hasattr(os, "memfd_create"),
+    }
+    if missing := [what for what, there in lacks.items() if not there]:
+        hint = "keep [enclave] processes = 1"
+        found = f"one only; missing: {', '.join(missing)}"
+        return DoctorCheck(name="enclave processes", status="warn", found=found, hint=hint)
+    return DoctorCheck(name="enclave processes", status="ok", found=f"gloo over lo; {usable_cpus()} are of use here")
+
+
 def check_aes() -> DoctorCheck:
     """Sealing is fast enough not to set the pace of an upload."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -174,6 +191,7 @@ CHECKS: tuple[Callable[[], DoctorCheck], ...] = (
     check_packages,
     check_torch,
     check_processor,
+    check_processes,
     check_aes,
     check_memory,
     check_disk,

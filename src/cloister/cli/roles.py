@@ -25,7 +25,8 @@ from cloister.cli.options import (
 from cloister.cli.output import emit, note, show_on_stderr
 from cloister.cli.progress import open_progress
 from cloister.errors import UsageError
-from cloister.jobfile import load_job
+from cloister.jobfile import LoadedJob, load_job
+from cloister.methods.plan_processes import crowding
 from cloister.methods.processes import end_with_parent
 
 
@@ -81,6 +82,7 @@ def run(
       cloister run examples/medical/job.toml --out runs/medical --json
     """
     loaded = load_job(job)
+    _warn_of_crowding(loaded)
     from cloister.methods.local import run_job
 
     with open_progress(progress) as reporter:
@@ -124,6 +126,7 @@ def enclave(
     """
     loaded = load_job(job)
     loaded.require_public_keys()
+    _warn_of_crowding(loaded)
     if serve:
         loaded.require_queries()
     end_with_parent()
@@ -227,6 +230,12 @@ def baseline(
 
 
 COMMANDS = (demo, run, enclave, join)
+
+
+def _warn_of_crowding(loaded: LoadedJob) -> None:
+    """Say it where the enclave has more processes than this machine has processors for."""
+    for warning in crowding(loaded.job.enclave):
+        note(warning)
 
 
 def _hash(text: str | None) -> bytes | None:

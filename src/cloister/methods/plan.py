@@ -28,7 +28,7 @@ from cloister.job import Job
 from cloister.jobfile import LoadedJob, ModelFiles, find_model, resolve
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize, PartCount
-from cloister.methods.host import usable_cpus
+from cloister.methods.plan_processes import busy_threads, crowding, idleness, team_memory
 from cloister.methods.plan_slice import SlicePlan, describe_party, plan_slice
 from cloister.model.anatomy import DTYPES, load_tokenizer
 from cloister.progress import Progress, task
@@ -129,7 +129,7 @@ def measure_rate(model: ModelSize, job: Job) -> float:
             best = min(best, time.perf_counter() - started)
     finally:
         torch.set_num_threads(before)
-    return 2.0 * x_TD.numel() * model.widest / best * (job.enclave.threads or usable_cpus())
+    return 2.0 * x_TD.numel() * model.widest / best * busy_threads(job.enclave)
 
 
 def _measure(files: ModelFiles, job: Job, layers: int, cut: int) -> tuple[ModelSize, str]:
@@ -216,7 +216,11 @@ def _report(
         parties=described,
         roles=roles,
         timing=timing,
-        warnings=_warnings(job, described, [p.name for p in parties if p.sampled]),
+        warnings=[
+            *_warnings(job, described, [p.name for p in parties if p.sampled]),
+            *crowding(job.enclave),
+            *idleness(job, train),
+        ],
     )
 
 
@@ -288,7 +292,7 @@ def _enclave_role(
     return RolePlan(
         role="enclave",
         name="enclave",
-        memory_bytes=estimate.enclave_memory(model, per_value, job.training.max_tokens, cache),
+        memory_bytes=team_memory(job, model, per_value, cache),
         disk_bytes=sum(role.disk_bytes for role in roles),
         bytes_up=sum(role.bytes_up for role in roles),
         bytes_down=sum(role.bytes_down for role in roles),
