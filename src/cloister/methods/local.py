@@ -22,6 +22,7 @@ from cloister.accelerator.address import socket_folder
 from cloister.agreement.job import OpenJob, find_cut, open_job
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.keys import PartyKey
+from cloister.crypto.sealing import write_durably
 from cloister.data.prepare import files_sha256
 from cloister.errors import JobError, RunError, UsageError
 from cloister.job import Job, PartySection
@@ -64,10 +65,7 @@ def run_job(
     clock = Stopwatch()
     if serve:
         loaded.require_queries()
-    out.mkdir(parents=True, exist_ok=True)
-    opened = open_job(_localise(loaded, out.resolve()), progress=progress)
-    _claim_folder(out, opened)
-    _claim_data(out, opened)
+    opened = claim_folder(loaded, out, progress=progress)
     if (out / "report.json").exists() and not serve:
         return RunReport.read(out / "report.json")
     compared: list[Kind] = [kind for kind in KINDS if kind in loaded.job.evaluation.baselines]
@@ -100,6 +98,25 @@ def run_job(
     return report
 
 
+def claim_folder(loaded: LoadedJob, out: Path, *, progress: Progress) -> OpenJob:
+    """Make OUT a run's folder, or take up the run that is in it. A death at any moment leaves a folder to go on with.
+
+    Raises:
+        UsageError: it holds another job, or this one with other data or another version.
+        JobError, ModelError: the job cannot be run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    opened = open_job(_localise(loaded, out.resolve()), progress=progress)
+    _claim_job(out, opened)
+    _claim_data(out, opened)
+    return opened
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: the next start believes what stands here."""
+    write_durably(path, text.encode(), mode=0o666)
+
+
 def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
     """The job as this run's processes read it: keys made where missing, absolute paths, a policy."""
     _check_paths(loaded)
@@ -123,7 +140,7 @@ def _localise(loaded: LoadedJob, out: Path) -> LoadedJob:
     path = out / "job.toml"
     if path.exists() and shared_content(load_job(path).job) != shared_content(job):
         raise UsageError("the folder holds a run of another job", where=str(out), hint="choose another --out")
-    path.write_text(render_job(job), encoding="utf-8")
+    _write(path, render_job(job))
     return load_job(path)
 
 
@@ -144,7 +161,7 @@ def _made_up_policy(out: Path) -> Path:
     """A policy for this installation. One that a run was begun with is never replaced: its receipt needs it."""
     path, text = out / "policy.toml", _simulated_policy()
     if not (out / "job_id").exists():
-        path.write_text(text, encoding="utf-8")
+        _write(path, text)
     elif not (out / "report.json").exists() and path.read_text(encoding="utf-8") != text:
         raise UsageError(_OTHER_VERSION, where=str(out), hint="choose another --out")
     return path
@@ -160,8 +177,11 @@ def _key(folder: Path) -> PartyKey:
     path = folder / "party.key"
     if path.exists():
         return PartyKey.load(path)
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
     key = PartyKey.generate()
-    key.save(path)
+    key.save(part)
+    part.replace(path)
     return key
 
 
@@ -178,12 +198,12 @@ def _simulated_policy() -> str:
     )
 
 
-def _claim_folder(out: Path, opened: OpenJob) -> None:
+def _claim_job(out: Path, opened: OpenJob) -> None:
     """A folder keeps one job id: bundles of another one cannot be continued."""
     path = out / "job_id"
     if path.exists() and path.read_text().strip() != opened.resolved.job_id:
         raise UsageError(_OTHER_VERSION, where=str(out), hint="choose another --out")
-    path.write_text(opened.resolved.job_id + "\n")
+    _write(path, opened.resolved.job_id + "\n")
 
 
 def _claim_data(out: Path, opened: OpenJob) -> None:
@@ -192,7 +212,7 @@ def _claim_data(out: Path, opened: OpenJob) -> None:
     files = [loaded.data_file(name, part) for name in opened.parties for part in ("train", "test")]
     path, content = out / "data_sha256", files_sha256(files)
     if not path.exists():
-        path.write_text(content + "\n")
+        _write(path, content + "\n")
     elif path.read_text().strip() != content:
         raise UsageError("data files have changed since this run began", where=str(out), hint="choose another --out")
 
@@ -220,7 +240,7 @@ def _with_accelerators(roles: Roles, opened: OpenJob, out: Path, sockets: Path, 
         _await_address(roles, role, sockets / f"{name}-out" / "address", log)
         addresses.append(address)
     changed = loaded.job.model_copy(update={"masking": masking.model_copy(update={"accelerators": addresses})})
-    (out / "job.toml").write_text(render_job(changed), encoding="utf-8")
+    _write(out / "job.toml", render_job(changed))
     resolved = replace(opened.resolved, job=changed, loaded=load_job(out / "job.toml"))
     return replace(opened, resolved=resolved)
 

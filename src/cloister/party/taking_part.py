@@ -25,6 +25,7 @@ from cloister.channel.client import connect
 from cloister.channel.handshake import Initiator
 from cloister.channel.rpc import Session
 from cloister.crypto.keys import PartyKey
+from cloister.crypto.sealing import write_durably
 from cloister.data.records import Record, load_records
 from cloister.errors import TransportError, UsageError
 from cloister.jobfile import LoadedJob
@@ -201,7 +202,7 @@ def sample(party: str, record: Record, answer: str) -> Sample:
 
 
 def write_samples(out: Path, samples: list[Sample]) -> None:
-    (out / "samples.json").write_text(json.dumps([s.model_dump() for s in samples], indent=1))
+    write_durably(out / "samples.json", json.dumps([s.model_dump() for s in samples], indent=1).encode(), mode=0o666)
 
 
 def _spread(records: list[Record], count: int) -> list[Record]:
@@ -249,5 +250,5 @@ def make_report(
         masking=masking,
         warnings=incomplete + (warnings or []),
     )
-    (out / "join.json").write_text(report.to_json(), encoding="utf-8")
+    write_durably(out / "join.json", report.to_json().encode(), mode=0o666)
     return report
