@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-net test-tpm lint format format-check types schema coverage fuzz experiments experiments-quick clean distclean
+.PHONY: help setup demo test test-slow test-net test-tpm crash soak lint format format-check types schema coverage fuzz experiments experiments-quick clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|' 2>/dev/null \
@@ -55,6 +55,15 @@ TARGET ?=
 SECONDS ?= 600
 fuzz: setup ## fuzz all parsers, or one of them: make fuzz TARGET=receipt SECONDS=60
 	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(SECONDS)
+
+TRIALS ?= 100
+SEED ?= 1
+crash: setup ## kill every role at seeded points, fill disks, set clocks, cut files: make crash TRIALS=100 SEED=1
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.crash --trials $(TRIALS) --seed $(SEED)
+
+HOURS ?= 2
+soak: setup ## hours of jobs with faults and of clients that misbehave, watching for leaks: make soak HOURS=2
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.soak --hours $(HOURS)
 
 lint: setup ## look for mistakes
 	$(BIN)/ruff check
