@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from cloister.job import Job
 from cloister.model.anatomy import DTYPES
 from cloister.model.cut import Latter
 from cloister.training.checkpoint import Checkpoint, Point
+from cloister.training.examine import examine, sample_packs
 from cloister.training.first_step import first_step
-from cloister.training.loop import TrainingResult, train
+from cloister.training.loop import Fit, Stepper, TrainingResult, train
 from cloister.training.schedule import plan_steps
 from cloister.training.team import Alone, Team
 
@@ -83,7 +85,8 @@ def run_training(
     on_point: Callable[[Point, int], None] = lambda point, num_steps: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> tuple[PeftModel, TrainingResult]:
-    """Put the adapter into the latter half and train it, from the beginning or from a checkpoint.
+    """Put the adapter into the latter half and train it, from the beginning or from a checkpoint; then look at how it
+    fits each party's packs.
 
     Raises:
         ProtocolError, VerificationError: a bundle's content is malformed or was altered; names the party.
@@ -113,8 +116,19 @@ def run_training(
         checkpoints=job.checkpoint.count,
         on_checkpoint=on_checkpoint,
         team=work.team,
+        owner=pool.owner,
     )
+    result.fits = _fits(work, adapted, pool, result.tokens)
     return adapted, result
+
+
+def _fits(work: Work, adapted: PeftModel, pool: Pool, trained_tokens: int) -> dict[str, Fit]:
+    """How the trained adapter fits each party's training packs."""
+    lengths = [len(payload) for payload in work.payloads["train"].values()]
+    places = [range(end - length, end) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+    chosen = sample_packs(pool.tokens, places, trained_tokens, work.job.job.seed)
+    stepper = Stepper(work.latter, adapted, work.job.training, team=work.team)
+    return dict(zip(work.payloads["train"], examine(stepper, pool, chosen, pool.owner), strict=True))
 
 
 def run_scoring(

@@ -23,6 +23,10 @@ class Pool:
         self._cache: OrderedDict[int, Pack] = OrderedDict()
         self._room = cache_bytes
 
+    def owner(self, index: int, /) -> str:
+        """Name of the bundle that a pack came in."""
+        return self._places[index][0].where
+
     def __getitem__(self, index: int, /) -> Pack:
         if index in self._cache:
             self._cache.move_to_end(index)

@@ -17,6 +17,7 @@ from cloister.enclave.core import EnclaveCore
 from cloister.enclave.intake import BundleIntake
 from cloister.enclave.results import Outcome
 from cloister.enclave.workers import spread_out
+from cloister.evaluation.outliers import fits_of
 from cloister.jobfile import ResolvedJob
 from cloister.model.cut import Latter
 from cloister.progress import Progress, task
@@ -127,6 +128,10 @@ def _declared(result: TrainingResult, laps: dict[str, float]) -> dict[str, Any]:
             {"step": p.step, "tokens": p.tokens, "train_loss": p.train_loss}
             | ({} if p.validation_bits_per_byte is None else {"validation_bits_per_byte": p.validation_bits_per_byte})
             for p in result.curve
+        ],
+        "fits": [
+            fit.model_dump(mode="json")
+            for fit in fits_of({name: (fit.tokens, fit.loss, fit.gradient_norm) for name, fit in result.fits.items()})
         ],
         "timing": laps,
     }

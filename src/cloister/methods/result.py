@@ -98,6 +98,7 @@ def write_report(
         timing=timing,
         training=Training(**{k: declared["training"][k] for k in ("tokens", "tokens_per_s", "steps")}),
         rounds=[RoundRow(**row) for row in declared.get("rounds", [])],
+        fits=first.fits,
         masking=_masking(joined),
         curves={name: [CurvePoint(**point) for point in curve] for name, curve in curves.items()},
         adapter_sha256=first.adapter_sha256,

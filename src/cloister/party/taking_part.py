@@ -33,6 +33,8 @@ from cloister.party.client import PartyClient, Results
 from cloister.party.generate import as_trained, prompt_ids
 from cloister.progress import Progress
 from cloister.report.claims import attestation_of
+from cloister.report.fits import read_fits
+from cloister.report.fits import warnings as fit_warnings
 from cloister.report.model import Masking, ReceiptRef, Records, ResultRow, Sample, Truncated, WireBytes
 from cloister.report.outputs import JoinReport
 
@@ -229,7 +231,7 @@ def make_report(
     warnings: list[str] | None = None,
 ) -> JoinReport:
     """What `join` prints, written to OUT/join.json too."""
-    receipt = results.receipt.to_bytes()
+    receipt, fits = results.receipt.to_bytes(), read_fits(results.declared)
     incomplete = [] if results.complete else [f"{party}: not every party has countersigned the receipt"]
     report = JoinReport(
         job_id=opened.resolved.job_id,
@@ -248,7 +250,8 @@ def make_report(
         released=bool(results.adapter),
         receipt=ReceiptRef(path=str(out / "receipt.json"), sha256=hashlib.sha256(receipt).hexdigest()),
         masking=masking,
-        warnings=incomplete + (warnings or []),
+        fits=fits,
+        warnings=incomplete + (warnings or []) + fit_warnings(fits),
     )
     write_durably(out / "join.json", report.to_json().encode(), mode=0o666)
     return report

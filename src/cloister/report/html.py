@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cloister.report import charts, knowledge, rounds, summary
+from cloister.report import charts, fits, knowledge, rounds, summary
 from cloister.report.model import ALL, OTHERS, Comparison, CrossRow, Metric, ResultRow, RunReport
 from cloister.report.summary import Line
 
@@ -74,6 +74,7 @@ def _context(report: RunReport) -> dict[str, Any]:  # Any: what a template may h
         "knowledge": knowledge.knowledge(report),
         "marks": knowledge.MARKS,
         "rounds": rounds,
+        "fits": fits,
         "per_token": summary.per_token(report),
         "up_bars": charts.bars({w.party: w.bytes_up for w in report.wire.parties}, _size, "Bytes sent, by party"),
         "time_bars": charts.bars(report.timing, summary.seconds, "Seconds, by phase") if report.timing else None,

@@ -258,6 +258,21 @@ class RoundRow(Part):
     """Parties whose updates did not come in time."""
 
 
+class PartyFit(Part):
+    """How the trained adapter fits one party's training data, in method `split`."""
+
+    party: str
+    tokens: Count
+    """Looked at: a sample."""
+    train_loss: Annotated[float, Field(ge=0)]
+    """Mean, nats per response token, without dropout."""
+    loss_z: float | None
+    """Robust z-score of its logarithm among the parties; null with fewer than three."""
+    gradient_norm: Annotated[float, Field(ge=0)]
+    """Of the gradient of that mean, over all trained parameters."""
+    gradient_z: float | None
+
+
 class Masking(Part):
     """How parties' enclaves used their accelerators in method `slice`."""
 
@@ -334,6 +349,8 @@ class RunReport(Versioned):
     training: Training
     rounds: list[RoundRow] = []
     """Method `slice`."""
+    fits: list[PartyFit] = []
+    """Method `split`."""
     masking: Masking | None = None
     """Method `slice`."""
     curves: dict[str, list[CurvePoint]] = {}

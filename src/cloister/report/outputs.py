@@ -16,6 +16,7 @@ from cloister.report.model import (
     Output,
     Part,
     Party,
+    PartyFit,
     ReceiptRef,
     Records,
     ResultRow,
@@ -49,6 +50,8 @@ class JoinReport(Versioned):
     receipt: ReceiptRef
     masking: Masking | None = None
     """Method `slice`: what crossed between this party's enclave and its accelerators."""
+    fits: list[PartyFit] = Field(default_factory=list)
+    """Method `split`: how the trained adapter fits every party's training data, as the job declares it to all."""
     warnings: list[str] = Field(default_factory=list)
 
 

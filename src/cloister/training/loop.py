@@ -61,6 +61,18 @@ class PackList:
         return self.packs[index]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One party's packs under the trained adapter; see `training.examine`."""
+
+    tokens: int
+    """Looked at."""
+    loss: float
+    """Mean, nats per target."""
+    gradient_norm: float
+    """Euclidean norm of the gradient of that mean, over all trained parameters."""
+
+
 @dataclass(kw_only=True)
 class TrainingResult:
     """The adapter is left in the model; this is what is known of how it came about."""
@@ -71,6 +83,8 @@ class TrainingResult:
     curve: list[Point] = field(default_factory=list)
     best: float = math.inf
     best_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    """By party, at the end."""
 
 
 class Stepper:
@@ -82,6 +96,7 @@ class Stepper:
             does not depend on it, bit for bit; with dropout 1 is taken, since random numbers are drawn in order.
         verify: Called before anything of a step is applied; raises where a product was wrong.
         team: The processes that share the packs of each step, each with the same adapter.
+        owner: Names whose pack it is, where an error is to name who sent packs whose loss is not finite.
     """
 
     def __init__(
@@ -93,7 +108,9 @@ class Stepper:
         in_flight: int = 1,
         verify: Callable[[], None] = lambda: None,
         team: Team | None = None,
+        owner: Callable[[int], str] | None = None,
     ) -> None:
+        self._owner = owner
         self._half, self._adapted, self._training, self._verify = half, adapted, training, verify
         self._team, self._draw = team or Alone(), tuple[int, ...]()
         self._parameters = [p for p in adapted.parameters() if p.requires_grad]
@@ -122,13 +139,35 @@ class Stepper:
             norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._training.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 message = f"the loss is {loss} and the gradient norm {norm}"
-                raise RunError(message, where=where, hint="lower [training] learning_rate")
+                names = "" if math.isfinite(loss) else ", ".join(self._not_finite(source, members))
+                hint = "look at what is named, or lower" if names else "lower"
+                where = f"{where}, {names}" if names else where
+                raise RunError(message, where=where, hint=f"{hint} [training] learning_rate")
             for group in self._optimiser.param_groups:
                 group["lr"] = rate
             self._optimiser.step()
         finally:
             self._optimiser.zero_grad(set_to_none=True)
         return loss, norm
+
+    def examine(self, source: PackSource, members: Sequence[int]) -> tuple[float, float]:
+        """The loss of `members` and its gradient's norm, as `step` gives them, without dropout; nothing changes."""
+        self._adapted.eval()
+        self._draw = ()
+        try:
+            loss = self._accumulate(source, members)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            return loss, float(torch.nn.utils.get_total_norm(gradients))
+        finally:
+            self._optimiser.zero_grad(set_to_none=True)
+
+    def _not_finite(self, source: PackSource, members: Sequence[int]) -> list[str]:
+        """Whose packs alone give a loss that is not finite."""
+        if self._owner is None:
+            return []
+        with torch.no_grad():
+            losses = {i: float(self._loss(source, i, max(1, source.targets[i]))) for i in members}
+        return list(dict.fromkeys(self._owner(i) for i in members if not math.isfinite(losses[i])))
 
     def _accumulate(self, source: PackSource, members: Sequence[int]) -> float:
         """Add up gradients, pack by pack in the order of `members`; returns the loss."""
@@ -213,6 +252,7 @@ def train(
     checkpoints: int = 0,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
     team: Team | None = None,
+    owner: Callable[[int], str] | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
 
@@ -224,11 +264,12 @@ def train(
         resume: Go on from here, in a model as it was before training: the result is that of an uninterrupted run.
         checkpoints: How often `on_checkpoint` is called, evenly, the last time after the last step.
         team: The processes that train together, each calling this with the same arguments.
+        owner: Names whose pack it is, where an error is to name who sent packs whose loss is not finite.
 
     Raises:
         RunError: the loss or a gradient is not finite; nothing of that step is applied.
     """
-    stepper = Stepper(half, adapted, training, team=team)
+    stepper = Stepper(half, adapted, training, team=team, owner=owner)
     steps = plan_steps(source.tokens, training, seed)
     marks = evaluation_steps(len(steps), training.evaluations if validate else 0)
     saves = evaluation_steps(len(steps), checkpoints)

@@ -315,6 +315,7 @@ def test_huge_activations_end_the_job_in_words(tmp_path: Path) -> None:
     trained = play(tmp_path / "a", model="gpt2", train=huge)
     assert isinstance(trained.error, RunError)
     assert "training step" in trained.error.where
+    assert trained.error.where.endswith(", train bundle of south")
     told(trained)
     scored = play(tmp_path / "b", model="gpt2", test=huge)
     assert isinstance(scored.error, ProtocolError)

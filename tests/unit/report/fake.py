@@ -8,6 +8,7 @@ import math
 import random
 from datetime import UTC, datetime
 
+from cloister.evaluation.outliers import fits_of
 from cloister.report.model import (
     Attestation,
     Comparison,
@@ -164,6 +165,7 @@ def run_report(*, names: tuple[str, ...] = tuple(PARTIES), hardware: bool = Fals
             "score": 13.0,
             "receipt": 0.4,
         },
+        fits=fits_of({n: (4096, 1.9 * scales[n], 0.031 * scales[n] ** 2) for n in names}),
         training=Training(tokens=983_040, tokens_per_s=39_640.0, steps=240),
         curves=curves,
         adapter_sha256=sha("adapter"),
@@ -208,6 +210,7 @@ def slice_report(
         update={
             "method": "slice",
             "cut": "all 6 layers' products on accelerators, behind masks",
+            "fits": [],
             "masking": Masking.model_validate(used | (masking or {})),
             "rounds": [round_row(number, names) for number in range(1, rounds + 1)],
         }
