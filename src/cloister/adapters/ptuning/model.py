@@ -11,6 +11,7 @@ attention module gets its own prefix (`prefix.py`), with these rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from cloister.adapters.base_digest import base_digest
 from cloister.adapters.files import PTUNING_TYPE
 from cloister.adapters.ptuning.prefix import PrefixedCache, PrefixEncoder, cache_argument, find_attention
 from cloister.errors import AdapterError
@@ -43,6 +45,9 @@ class PTuningConfig(PeftConfig):
     target_modules: list[str] | None = None
     """Name of the attention module in a layer. This and the next are filled in by the tuner."""
     layers_pattern: str | None = None
+    base_sha256: str | None = None
+    """Of the attention weights of the first and the last layer with a prefix, hex. Filled in by the tuner where it sees
+    these weights; a base with others is then refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -118,6 +123,7 @@ class PTuningModel(BaseTuner):
         peft_config.layers_to_transform = sorted(range(len(layers)) if chosen is None else chosen)
         peft_config.layers_pattern = anatomy.layers_name
         peft_config.target_modules = sorted({find_attention(layers, i) for i in peft_config.layers_to_transform})
+        _check_base(peft_config, [layers[i] for i in peft_config.layers_to_transform])
         if peft_config.position_offset is None:
             everywhere = len(peft_config.layers_to_transform) == len(layers)
             peft_config.position_offset = peft_config.num_virtual_tokens if everywhere else 0
@@ -201,6 +207,22 @@ class PTuningModel(BaseTuner):
     def unload(self) -> nn.Module:
         self._shifting.remove()
         return super().unload()
+
+
+def _check_base(config: PTuningConfig, layers: Sequence[nn.Module]) -> None:
+    """Note the base in a new configuration; refuse another one than a loaded configuration names."""
+    names = config.target_modules or []
+    attention = [module for layer in (layers[0], layers[-1]) for name, module in layer.named_modules() if name in names]
+    weights = [p for module in attention for n, p in module.named_parameters() if p.dim() == 2 and "ptuning_" not in n]
+    if not weights or not all(p.is_floating_point() and p.element_size() > 1 for p in weights):
+        return  # behind masks or quantised: they cannot be told
+    found = base_digest(weights).hex()
+    if config.base_sha256 not in (None, found):
+        raise AdapterError(
+            "the adapter was trained on another base model: its attention has other weights",
+            hint="load it beside the base model, unchanged, that it was trained on, as bfloat16 or float32",
+        )
+    config.base_sha256 = found
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int]:

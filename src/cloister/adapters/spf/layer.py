@@ -13,7 +13,6 @@ Saved under the module's name, for each adapter:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -22,11 +21,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from cloister.adapters.base_digest import base_digest
 from cloister.adapters.spf.product import Rows, row_product, with_rows
 from cloister.errors import AdapterError
-
-_BLOCK_VALUES = 1 << 24
-"""Values hashed at a time, so that hashing needs little memory of its own."""
 
 
 class SPFLayer(nn.Module, BaseTunerLayer):
@@ -73,7 +70,8 @@ class SPFLayer(nn.Module, BaseTunerLayer):
             self._unchosen.add(name)
         device = self.weight_MK.device
         self.spf_index[name] = index_S.to(device)
-        self.spf_base[name] = _digest(self.weight_MK).to(device)
+        digest = base_digest([self.weight_MK])
+        self.spf_base[name] = torch.tensor(list(digest), dtype=torch.uint8, device=device)
         self.spf_rows[name] = nn.Parameter(self.weight_MK.index_select(0, self.spf_index[name]).contiguous())
 
     def add_lora(self, name: str, lora_rank: int, alpha: float, dropout: float) -> None:
@@ -237,13 +235,3 @@ def _is_choice(index_S: Tensor, *, like: Tensor, rows: int) -> bool:
         return False
     inside = bool((index_S >= 0).all()) and bool((index_S < rows).all())
     return inside and bool((index_S.diff() > 0).all())
-
-
-def _digest(weight_MK: Tensor) -> Tensor:
-    """SHA-256 of shape and values, (32) uint8. Values are rounded to bfloat16, so that it does not depend on the type
-    that a base was loaded in."""
-    digest = hashlib.sha256(str(tuple(weight_MK.shape)).encode())
-    rows = max(1, _BLOCK_VALUES // weight_MK.shape[1])
-    for block in torch.split(weight_MK, rows):
-        digest.update(block.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

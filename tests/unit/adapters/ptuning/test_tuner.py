@@ -124,6 +124,26 @@ def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
         get_peft_model(tiny_model("llama"), PTuningConfig(layers_to_transform=[3, 4]))
 
 
+def test_another_base_or_cut_is_refused(tmp_path: Path) -> None:
+    half = Latter(tiny_model("llama"), CUT)
+    write_adapter(adapter_files(add_ptuning(half, SECTION, first_layer=CUT, seed=0), "llama"), tmp_path / "a")
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(AdapterError, match="another base model"):
+        PeftModel.from_pretrained(other, tmp_path / "a")
+    assert not any("ptuning" in name for name, _ in other.named_parameters()), "nothing was put into it"
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"layers_to_transform": [CUT - 1, CUT]}))
+    with pytest.raises(AdapterError, match="another base model"):
+        PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "a")
+
+
+def test_a_base_in_bf16_is_the_same_base() -> None:
+    config = add_ptuning(Whole(tiny_model("llama", torch.bfloat16)), SECTION, first_layer=0, seed=0).peft_config
+    wide = tiny_model("llama", torch.bfloat16).float()
+    again = get_peft_model(wide, PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)).peft_config
+    assert config["default"].base_sha256 == again["default"].base_sha256 is not None
+
+
 def test_what_takes_no_prefix_is_refused() -> None:
     with pytest.raises(AdapterError, match="at least 1 token, not 0"):
         PTuningConfig(num_virtual_tokens=0)
