@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from cloister.crypto.bundle.writer import disk_error, sync_folder, write_all
+from cloister.crypto.bundle.writer import disk_error, remove_part, sync_folder, write_all
 from cloister.crypto.encoding import join
 from cloister.crypto.sharing import SECRET_BYTES, combine, split
 from cloister.errors import VerificationError
@@ -125,5 +125,5 @@ def write_durably(path: Path, *parts: bytes, mode: int = 0o600) -> None:
         part.replace(path)
         sync_folder(path)
     except OSError as exc:
-        part.unlink(missing_ok=True)
+        remove_part(part)
         raise disk_error(exc, path, sum(map(len, parts))) from exc

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hmac import compare_digest
 from pathlib import Path
@@ -67,8 +68,9 @@ class CheckpointFolder:
         write_durably(self._path(seal.number), MAGIC + length + head, content)
         for number in self._numbers():
             if not seal.number - KEPT < number <= seal.number:
-                self._path(number).unlink(missing_ok=True)
-                self._certificate_path(number).unlink(missing_ok=True)
+                for path in (self._path(number), self._certificate_path(number)):
+                    with suppress(OSError):  # the new one is there, and an old one does no harm
+                        path.unlink(missing_ok=True)
 
     def write_certificate(self, certificate: Certificate) -> None:
         """Raises: CapacityError, DataError."""

@@ -8,13 +8,13 @@ FOLDER/counts.json      records and truncations, written last: bundles without i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloister.crypto.bundle import BundleHeader, BundleWriter, SealedReader, VerifiedBundle, verify_bundle
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey
+from cloister.crypto.sealing import write_durably
 from cloister.data.packing import Pack
 from cloister.data.payload import max_payload_bytes, write_payload
 from cloister.data.prepare import KINDS, Part, PartyData, files_sha256, prepare
@@ -91,7 +91,7 @@ def _seal(
     )
     with BundleWriter(folder / f"{kind}.bundle", header, key) as writer:
         write_payload(writer.write, _activations(former, part.packs, running), part.examples, wire)
-        _write_secret(folder / f"{kind}.key", writer.data_key.reveal())
+        write_durably(folder / f"{kind}.key", writer.data_key.reveal())
 
 
 def _activations(former: Former, packs: list[Pack], running: Task) -> Iterator[Pack]:
@@ -102,19 +102,11 @@ def _activations(former: Former, packs: list[Pack], running: Task) -> Iterator[P
         running.advance(len(pack))
 
 
-def _write_secret(path: Path, secret: bytes) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secret)
-
-
 def _write_counts(folder: Path, data: PartyData, content: str) -> None:
     truncated = {"prompts": data.truncated.prompts, "responses": data.truncated.responses}
     records = {kind: part.records for kind, part in data.parts.items()}
     counts = {"records": records, "truncated": truncated, "files_sha256": content}
-    part = folder / "counts.json.part"
-    part.write_text(json.dumps(counts))
-    part.replace(folder / "counts.json")
+    write_durably(folder / "counts.json", json.dumps(counts).encode())
 
 
 def _finished(resolved: ResolvedJob, party: str, key: PartyKey, folder: Path, content: str) -> SealedParty | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +44,7 @@ from cloister.attest.verify import verify
 from cloister.crypto.encoding import Fields
 from cloister.crypto.hpke import wrap
 from cloister.crypto.keys import DataKey, PartyKey
+from cloister.crypto.sealing import write_durably
 from cloister.errors import ProtocolError, VerificationError
 from cloister.party.follower import WAIT_MS, Consent, Follower, Requests
 from cloister.party.memory import Memory
@@ -246,12 +246,7 @@ class PartyClient:
                     hint="a job is trained once, on the bundles first agreed on; for other bundles make another job",
                 )
             return
-        part = self.memory.with_name(self.memory.name + ".part")
-        with part.open("wb") as file:
-            file.write(manifest)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.memory)
+        write_durably(self.memory, manifest)
 
     def _release_keys(
         self,

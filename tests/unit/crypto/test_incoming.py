@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -287,3 +288,24 @@ def test_store(tmp_path: Path) -> None:
     with pytest.raises(VerificationError) as refused:
         store(header(party="stranger"))
     assert refused.value.code == "party"
+
+
+def test_a_disk_that_became_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a damaged bundle nor another bundle's part is taken for this one because it cannot be removed."""
+    sent, incoming = Sent(tmp_path), receiver(tmp_path)
+    incoming.path.write_bytes(sent.data[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        with pytest.raises(DataError, match="cannot write: Read-only"):
+            sent.begin(incoming)
+    incoming.path.unlink()
+    incoming.part.write_bytes(b"another bundle")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        with pytest.raises(DataError, match="cannot write: Read-only"):
+            sent.begin(incoming)
+    assert sent.begin(incoming) < len(sent.data)
+
+
+def read_only(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EROFS, "Read-only file system")

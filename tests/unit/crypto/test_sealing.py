@@ -7,12 +7,13 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cloister.crypto import sealing
 from cloister.crypto.sealing import SealingKey, write_durably
-from cloister.errors import CapacityError, VerificationError
+from cloister.errors import CapacityError, DataError, VerificationError
 
 KEY = SealingKey(bytes(32))
 SALT = b"s" * 32
@@ -88,3 +89,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert error.value.where == str(path)
     assert path.read_bytes() == b"old content"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def read_only(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_disk_that_became_read_only_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the half-written file cannot be removed either."""
+    path = tmp_path / "file"
+    write_durably(path, b"old")
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(DataError, match="cannot write: Read-only file system") as error:
+        write_durably(path, b"new")
+    assert error.value.hint
+    assert path.read_bytes() == b"old"

@@ -97,6 +97,22 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == ["00000001.sealed", "00000002.sealed"]
 
 
+def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    write(folder, 1, 2)
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    write(folder, 3)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.seal.number == 3
+
+
 def test_a_folder_that_cannot_be_made_or_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     folder = CheckpointFolder(tmp_path / "file" / "checkpoints")

@@ -17,7 +17,7 @@ from pathlib import Path
 from cloister.crypto.bundle.header import BundleHeader, UnverifiedHeader
 from cloister.crypto.bundle.scan import BundleScanner
 from cloister.crypto.bundle.verify import VerifiedBundle, scan_file, verify_bundle
-from cloister.crypto.bundle.writer import disk_error, sync_folder, write_all
+from cloister.crypto.bundle.writer import disk_error, remove_part, sync_folder, write_all
 from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, VerificationError
 
 MAX_BEGINNINGS = 64
@@ -114,7 +114,7 @@ class IncomingBundle:
                     self.path, job_id=self._job_id, party=self._party, public_key=self._public_key
                 )
             except VerificationError:
-                self.path.unlink()  # damaged since it arrived: it is fetched again
+                _remove(self.path)  # damaged since it arrived: it is fetched again
                 return
             with self.path.open("rb") as file:
                 self._prefix = file.read(self.bundle.data_offset)
@@ -137,7 +137,7 @@ class IncomingBundle:
         self._header, self._prefix, self._size = header, prefix, 0
         self._scanner = scanner = BundleScanner(header, self._public_key)
         if not same:
-            self.part.unlink(missing_ok=True)
+            _remove(self.part)
             try:
                 self._append(prefix)
             except CloisterError:
@@ -201,8 +201,16 @@ class IncomingBundle:
         self.bundle = VerifiedBundle.from_scan(self.path, header, len(self._prefix), scanner)
 
     def _discard(self) -> None:
-        self.part.unlink(missing_ok=True)
+        remove_part(self.part)  # a part that stays is found to be wrong again
         self._header, self._scanner, self._prefix, self._size = None, None, b"", 0
+
+
+def _remove(path: Path) -> None:
+    """Raises: DataError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise disk_error(exc, path, 0) from exc
 
 
 class IncomingStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +34,8 @@ def disk_error(exc: OSError, path: Path, bytes_needed: int) -> CapacityError | D
     if exc.errno in _FULL:
         message = f"no space left on the device: up to {bytes_needed} more bytes are needed"
         return CapacityError(message, where=str(path), hint="free some space or choose another folder")
-    return DataError(f"cannot write: {exc.strerror}", where=str(path))
+    hint = "see that the folder can be written to, then start again"
+    return DataError(f"cannot write: {exc.strerror}", where=str(path), hint=hint)
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
@@ -41,6 +43,12 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def remove_part(part: Path) -> None:
+    """Remove what a failed write has left; where that fails too, the failure of the write is the one to report."""
+    with suppress(OSError):
+        part.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -173,4 +181,4 @@ class BundleWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._part.unlink(missing_ok=True)
+        remove_part(self._part)
