@@ -219,6 +219,9 @@ class Job:
         if role.starts > MAX_STARTS:
             return f"{role.name} was started {role.starts} times; it says {role.process.stdout}"
         fault = self._ended(role, code)
+        if self.away and code > 0:
+            role.done = True
+            return fault
         role.process, role.again_at = None, now + (0.1 if code == -9 else 0.5)
         return fault
 
