@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from cloister.bench.memory import PeakMemory
-from cloister.bench.split_data import Workload
-from cloister.bench.split_peers import PEERS, Peer
+from cloister.bench.split_data import Workload, party_data
+from cloister.bench.split_peers import PEERS, Peer, silos_of
 from cloister.bench.split_run import run_split
 from cloister.methods.host import describe_host, usable_cpus
 from cloister.methods.processes import Role, Roles
@@ -56,6 +56,8 @@ def bench_split(workload: Workload, asked: Asked, *, command: str, progress: Pro
         CloisterError: what stopped a system.
     """
     jobs = {cut: workload.with_cut(cut) for cut in asked.cuts}
+    if "fedavg" in asked.peers:  # that rounds fit is said before anything is measured
+        silos_of(party_data(workload.loaded), workload.loaded.job, asked.rounds)
     keys: list[Key] = [*((peer, None) for peer in asked.peers), *(("split", cut) for cut in jobs)]
     found: dict[Key, list[BenchMeasured]] = {key: [] for key in keys}
     has_held_out = workload.loaded.job.data.validation > 0
@@ -187,6 +189,7 @@ def row_of(key: Key, runs: Sequence[BenchMeasured], shape: str, target: float | 
         steps=runs[0].steps,
         runs=len(runs),
         final_loss=final_loss(runs[0].curve),
+        phases=runs[0].phases,
         how=runs[0].how,
         curve=list(runs[0].curve),
     )

@@ -116,7 +116,7 @@ def _fedavg(asked: PeerTask, clock: Clock, running: Task) -> BenchMeasured:
     whole, data = asked.load()
     job = asked.job
     adapted = add_peft_lora(whole.model, job.adapter, job.job.seed)
-    silos = {name: Silo(name, own.parts["train"].packs, job, asked.rounds) for name, own in data.items()}
+    silos = silos_of(data, job, asked.rounds)
     book = Logbook(clock, set(range(1, asked.rounds + 1)), held_out_loss(whole, adapted, data), running)
     weights, tokens, sent = snapshot(adapted), 0, 0
     book.begin()
@@ -173,6 +173,11 @@ class Silo:
         )
         tokens = sum(len(self._packs[i]) for step in span for i in self.steps[step])
         return SiloUpdate(weights=snapshot(adapted), tokens=tokens, loss=sum(losses) / len(losses))
+
+
+def silos_of(data: Mapping[str, PartyData], job: Job, rounds: int) -> dict[str, Silo]:
+    """All silos, by name. Raises: UsageError: one has fewer steps than there are rounds."""
+    return {name: Silo(name, own.parts["train"].packs, job, rounds) for name, own in data.items()}
 
 
 def weighted_mean(states: Sequence[tuple[Weights, int]]) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ def run_split(loaded: LoadedJob, out: Path, *, command: str, progress: Progress)
         steps=report.training.steps,
         peak_rss_mib=peak.mib,
         wire_bytes=report.wire.total.bytes_up + report.wire.total.bytes_down,
+        phases=report.timing,
         how=f"{len(report.parties)} parties, a SIMULATED enclave, {loaded.job.transport.activation_dtype} activations",
         curve=curve_of(report, setup_s=seconds - train_s, train_s=train_s),
     )

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cloister.data.packing import Pack
 from cloister.job import AdapterSection, TrainingSection
@@ -107,6 +107,7 @@ def train_with_trainer(
         data_collator=lambda items: rows_of(items[0]),
         optimizers=(optimiser, schedule),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_AfterStep(trainer, on_step))
     trainer.train()
 

@@ -74,6 +74,9 @@ class BenchMeasured(Output):
     """By role, the largest process of each. Pages of the model's file that processes share count in each of them."""
     wire_bytes: Count
     """Between machines, if every silo had its own: adapters with fedavg; sealed activations and all else with split."""
+    phases: dict[str, Seconds] = Field(default_factory=dict)
+    """Of split, as in a run's report: those of parties are of the slowest one; "total" and some phases count more than
+    `seconds` does."""
     how: str
     """What it ran on, in words."""
     curve: list[BenchPoint]
@@ -107,6 +110,8 @@ class BenchSplitRow(Part):
     runs: Count
     final_loss: float | None
     """Held-out bits per byte at the end."""
+    phases: dict[str, Seconds]
+    """Of the first run."""
     how: str
     curve: list[BenchPoint]
     """Of the first run."""
