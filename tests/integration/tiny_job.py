@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -104,14 +104,15 @@ def _block(header: str, values: Mapping[str, Any]) -> str:
 class Command:
     """A running `cloister` command with its own temporary folder; stderr goes to a file, so that no pipe fills up."""
 
-    def __init__(self, *arguments: object, folder: Path) -> None:
+    def __init__(self, *arguments: object, folder: Path, inside: Sequence[str] = ()) -> None:
+        """inside: what to put before the command, to run it somewhere else."""
         folder.mkdir(parents=True, exist_ok=True)
         self.temporary = folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
         self._stdout, self._stderr = folder / "stdout", folder / "stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cloister", *map(str, arguments)],
+                [*inside, sys.executable, "-m", "cloister", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -148,9 +149,9 @@ class Command:
 
 
 @contextmanager
-def started(*arguments: object, folder: Path) -> Iterator[Command]:
+def started(*arguments: object, folder: Path, inside: Sequence[str] = ()) -> Iterator[Command]:
     """A command that is killed if it still runs when the block is left."""
-    command = Command(*arguments, folder=folder)
+    command = Command(*arguments, folder=folder, inside=inside)
     try:
         yield command
     finally:
