@@ -39,8 +39,12 @@ def close_job(
         adapter: its files. started: seconds since 1970.
         party_enclaves: method `slice`: see `agreement.party_enclaves`.
         insecure: by party, what its masking did not protect, in words.
+
+    Raises:
+        RunError: see `EnclaveCore.check_clock`.
     """
     core.wait_for_commit(COMMIT_WAIT_S)
+    core.check_clock()
     rows = [row for system, by_party in scores.items() for row in results_rows(system, by_party)]  # type: ignore[arg-type]
     results = [row.model_dump(mode="json") for row in rows]
     body = {

@@ -36,6 +36,7 @@ from cloister.attest.attester import Attester
 from cloister.attest.binding import instance_report_data
 from cloister.attest.claims import Claims
 from cloister.attest.evidence import Evidence
+from cloister.attest.verify import MAX_CLOCK_SKEW_S
 from cloister.crypto.encoding import Fields
 from cloister.crypto.hpke import HpkeKey
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey, PartyKey, verify_signature
@@ -43,7 +44,7 @@ from cloister.enclave.checkpoints import CheckpointFolder
 from cloister.enclave.intake import Handler, Intake
 from cloister.enclave.lineage import InstanceEntry, Lineage
 from cloister.enclave.results import Outcome, ResultDesk, wait_s
-from cloister.errors import CloisterError, ProtocolError, VerificationError
+from cloister.errors import CloisterError, ProtocolError, RunError, VerificationError
 
 Phase = Literal["collecting", "agreeing", "training", "finished", "failed"]
 
@@ -55,6 +56,11 @@ class _PartyState:
     manifest_signature: bytes | None = None
     data_keys: dict[str, DataKey] = field(default_factory=dict)
     left: bool = False
+
+
+def _seconds_since_boot() -> float:
+    """A clock that nobody sets. It goes on while the machine sleeps, where the system has such a one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class EnclaveCore:
@@ -85,6 +91,7 @@ class EnclaveCore:
         query: Callable[[str, str, Fields], dict[str, Any]],
         handlers: Mapping[str, Handler] | None = None,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = _seconds_since_boot,
     ) -> None:
         self.job_id = job_id
         self.kinds = intake.kinds
@@ -98,7 +105,8 @@ class EnclaveCore:
         self._intake = intake
         self._attester = attester
         self._query = query
-        self._clock = clock
+        self._clock, self._steady = clock, steady
+        self._began = clock(), steady()
         self._events: list[dict[str, Any]] = []
         self._failure: CloisterError | None = None
         self._news = threading.Condition()
@@ -310,12 +318,27 @@ class EnclaveCore:
             self.phase = "training"
             self._news.notify_all()
 
+    def check_clock(self) -> None:
+        """Before a time is attested: sessions have compared clocks at their beginning only.
+
+        Raises:
+            RunError: the machine's clock was set since this instance began, by more than clocks may differ.
+        """
+        by = (self._clock() - self._began[0]) - (self._steady() - self._began[1])
+        if abs(by) > MAX_CLOCK_SKEW_S:
+            raise RunError(
+                f"the machine's clock was set {'forward' if by > 0 else 'back'} by {abs(by):.0f} seconds meanwhile",
+                where="enclave",
+                hint="set it right and start the enclave and the parties again: they go on from the last checkpoint",
+            )
+
     def restore(self) -> bytes | None:
         """The state of training that all parties have consented to go on from; None at the beginning.
 
         Raises:
-            VerificationError: "sealed", "share".
+            VerificationError: "sealed", "share". RunError: see `check_clock`.
         """
+        self.check_clock()
         if self.manifest is None:
             raise RuntimeError("there is nothing to restore before the manifest")
         entry = InstanceEntry(

@@ -9,9 +9,10 @@ import pytest
 
 from cloister.agreement import APPROVAL_LABEL
 from cloister.agreement.receipt import Receipt
+from cloister.attest.verify import MAX_CLOCK_SKEW_S
 from cloister.enclave.core import EnclaveCore
 from cloister.errors import ProtocolError, RunError
-from tests.unit.enclave.stage import Stage
+from tests.unit.enclave.stage import NOW, Stage
 
 
 @pytest.fixture
@@ -111,3 +112,27 @@ def test_the_last_countersignature_is_noted_before_any_party_hears_of_it(stage: 
     [(then, told)] = noted
     assert then == ["north", "south"]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("by", [-3600.0, 1.0 - MAX_CLOCK_SKEW_S, MAX_CLOCK_SKEW_S - 1.0, 86400.0])
+def test_a_clock_that_was_set_is_not_attested(stage: Stage, by: float) -> None:
+    """The receipt's times would be wrong, and parties could not countersign it. A machine may sleep, though."""
+    offset = slept = 0.0
+    core = stage.enclave(clock=lambda: NOW + slept + offset, steady=lambda: slept)
+    slept = 7200.0
+    core.check_clock()
+    offset = by
+    if abs(by) < MAX_CLOCK_SKEW_S:
+        core.check_clock()
+        return
+    with pytest.raises(RunError, match="forward by 86400" if by > 0 else "back by 3600") as error:
+        core.check_clock()
+    assert error.value.hint
+
+
+def test_training_does_not_begin_with_a_clock_that_was_set(stage: Stage) -> None:
+    core = stage.enclave()
+    stage.perform(core)
+    core._clock = lambda: NOW + 3600.0
+    with pytest.raises(RunError, match="clock"):
+        core.restore()
