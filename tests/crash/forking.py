@@ -125,7 +125,6 @@ def _run(arguments: list[str], folder: Path, prepare: Sequence[Prepare]) -> None
     code = 70
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setsid()
         _redirect(folder)
         os.environ["TMPDIR"] = str(folder / "tmp")
         tempfile.tempdir = None
