@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "": {"adapters"},  # cloister/__init__.py, of adapters only what tells PEFT of them
     "errors": set(),
     "progress": set(),
+    "private": set(),
     "job": set(),
     "jobfile": {"errors", "job"},
     "crypto": {"errors"},
@@ -43,14 +44,14 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "model", "data", "training", "report"},
     "report": {"errors", "attest"},  # of attest only `claims`, see below
     "party": _SIDE,
-    "enclave": _SIDE | {"training", "evaluation", "federation"},
+    "enclave": _SIDE | {"private", "training", "evaluation", "federation"},
     "silo": _SIDE | {"training", "evaluation", "federation", "masking", "accelerator", "party"},
     "methods": _SIDE - {"channel"}
     | {"training", "evaluation", "accelerator", "federation", "masking"}
     | {"party", "silo"},
     "bench": {"errors", "progress", "job", "jobfile", "data", "model", "adapters", "training", "evaluation", "masking"}
     | {"accelerator", "methods", "report"},
-    "cli": {"errors", "progress", "jobfile", "crypto", "evaluation", "report"}
+    "cli": {"errors", "private", "progress", "jobfile", "crypto", "evaluation", "report"}
     | {"accelerator", "bench", "enclave", "party", "methods"},
     "__main__": {"cli"},
 }

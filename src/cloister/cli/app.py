@@ -17,6 +17,7 @@ import cloister
 from cloister.cli import accelerator, attest, bench, pads, prepare, roles, runs, sign, use
 from cloister.cli.failure import EXIT_INTERRUPTED, report_crash, report_failure, report_interrupt, report_usage
 from cloister.errors import CapacityError, CloisterError, UsageError
+from cloister.private import keep_private
 
 # Models and tokenizers come from folders, never from a hub; their libraries' own bars and notices are not ours to show.
 _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -24,6 +25,9 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORM
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _WRONG_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
 """A path in a command that leads nowhere: a file where a folder is needed, or a place that is not ours."""
+
+_ROLES = {"demo", "run", "enclave", "join", "baseline", "accelerator", "pads", "generate"}
+"""Commands whose files are for this user alone; what others write (a job file, an exported model) is to be shown."""
 
 app = typer.Typer(
     name="cloister",
@@ -69,6 +73,7 @@ def cloister_command(
 
 def entry() -> NoReturn:
     """The program `cloister`: `main`, and leaving with its code."""
+    keep_private(files=not _ROLES.isdisjoint(sys.argv[1:2]))
     code = main()
     if code == EXIT_INTERRUPTED:
         # Some interrupts mark the interpreter, which would then end by the signal and not with this code.

@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cloister.attest.isolation import interpreter_flags
 from cloister.enclave.lifeline import end_with_reader, say
+from cloister.private import keep_private
 
 _BACKEND = "cloister"
 SHUTDOWN_TIMEOUT_S = 5
@@ -65,6 +66,7 @@ class Alone(RendezvousHandler):
 
 def main(folder: Path, count: int, kind: str) -> int:
     """Start the workers and wait until all have ended; returns the exit code."""
+    keep_private(files=True)
     # Workers must inherit the pipe as their standard output, so it is not replaced here.
     end_with_reader(1, folder)
     rendezvous_handler_registry.register(_BACKEND, _make)

@@ -23,6 +23,7 @@ from cloister.enclave.placing import own_device, placing
 from cloister.errors import CloisterError
 from cloister.model.anatomy import load_model
 from cloister.model.cut import Latter
+from cloister.private import keep_private
 from cloister.training.checkpoint import Checkpoint
 from cloister.training.team import LostProcessError, is_loss
 
@@ -36,6 +37,7 @@ def main(folder: Path, kind: str, dist_rank: int) -> int:
     Args:
         kind: type of the enclave's evidence. dist_rank: from 1; the enclave's own process is 0.
     """
+    keep_private(files=True)
     pipe = take_stdout()
     end_with_reader(pipe, folder)
     try:
