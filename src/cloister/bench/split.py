@@ -11,6 +11,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from cloister.bench.split_peers import PEERS, Peer, silos_of
 from cloister.bench.split_run import run_split
 from cloister.methods.host import describe_host, usable_cpus
 from cloister.methods.processes import Role, Roles
-from cloister.progress import Event, Progress
+from cloister.progress import Event, Progress, task
 from cloister.report.bench import BenchMeasured, BenchPoint, BenchSplitReport, BenchSplitRow
 
 SYSTEMS = (*PEERS, "split")
@@ -61,18 +62,23 @@ def bench_split(workload: Workload, asked: Asked, *, command: str, progress: Pro
     keys: list[Key] = [*((peer, None) for peer in asked.peers), *(("split", cut) for cut in jobs)]
     found: dict[Key, list[BenchMeasured]] = {key: [] for key in keys}
     has_held_out = workload.loaded.job.data.validation > 0
-    with tempfile.TemporaryDirectory(prefix="cloister-") as scratch:
+    with ExitStack() as ends:
+        scratch = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="cloister-")))
+        total = asked.runs * len(keys) + (len(jobs) if has_held_out else 0)
+        running = ends.enter_context(task(progress, "systems", total=total))
         for number, (system, cut) in itertools.product(range(asked.runs), keys):
-            folder = Path(scratch) / f"{number}-{system}-{cut}"
+            folder = scratch / f"{number}-{system}-{cut}"
             folder.mkdir()
             if cut is None:
                 measured = _peer(system, workload, asked, folder, progress)
             else:
                 measured = run_split(jobs[cut], folder, command=command, progress=progress)
             found[system, cut].append(measured)
+            running.advance(note=_in_words(system, cut, measured))
         for cut in jobs if has_held_out else ():
-            curve = _held_out_curve(workload, cut, asked, Path(scratch) / f"curve-{cut}", progress)
+            curve = _held_out_curve(workload, cut, asked, scratch / f"curve-{cut}", progress)
             found["split", cut] = [with_held_out(one, curve) for one in found["split", cut]]
+            running.advance()
     target = target_of(found, asked.target_loss)
     rows = [row_of(key, runs, workload.shape, target) for key, runs in found.items()]
     return BenchSplitReport(
@@ -89,6 +95,12 @@ def bench_split(workload: Workload, asked: Asked, *, command: str, progress: Pro
         ratios=ratios(rows, workload.layers),
         host=describe_host(),
     )
+
+
+def _in_words(system: str, cut: int | None, measured: BenchMeasured) -> str:
+    name = system if cut is None else f"{system} {cut}"
+    before, training = f"{measured.setup_s:.1f} s before training", f"{measured.tokens / measured.train_s:.0f} tokens/s"
+    return f"{name}: {measured.seconds:.1f} s, {before}, {training}"
 
 
 def _peer(peer: str, workload: Workload, asked: Asked, folder: Path, progress: Progress) -> BenchMeasured:

@@ -1,7 +1,7 @@
 """What `cloister bench split` trains on: a job file with a model and five silos' records, none of it larger than asked.
 
 FOLDER/job.toml             the job; its cut is set for each system
-FOLDER/data/PARTY.jsonl     training records, and one test record in PARTY-test.jsonl
+FOLDER/data/PARTY.jsonl     training records, and one short test record, which a party must have, in PARTY-test.jsonl
 FOLDER/model/               where weights are random
 """
 
@@ -115,7 +115,8 @@ def random_workload(shape: Shape, budget: Budget, *, dtype: str, folder: Path) -
     for number, name in enumerate(SILOS):
         rows = _synthetic(np.random.default_rng([1, number]), shape.vocabulary, training.max_tokens)
         enough = list(_until(rows, budget.tokens / len(SILOS)))
-        parties.append(_write_party(name, enough, enough[:1], folder / "data"))
+        test = {"id": "test", "task": "text", "prompt": "w3 w4", "response": "w5"}
+        parties.append(_write_party(name, enough, test, folder / "data"))
     job = Job(
         job=JobSection(name="bench", seed=1),
         model=ModelSection(path=str(folder / "model"), cut=1, dtype=dtype),  # type: ignore[arg-type]  # checked by it
@@ -151,7 +152,8 @@ def job_workload(loaded: LoadedJob, model: Path | None, budget: Budget, *, dtype
         quota = budget.tokens / len(job.party) / (1.0 - job.data.validation)
         sized = ((_row(records[i]), len(encoder.training([records[i]])[0])) for i in order)
         tests = load_records(loaded.data_file(party.name, "test"), job.data.format)
-        parties.append(_write_party(party.name, list(_until(sized, quota)), [_row(tests[0])], folder / "data"))
+        shortest = min(map(_row, tests), key=lambda row: len(json.dumps(row)))
+        parties.append(_write_party(party.name, list(_until(sized, quota)), shortest, folder / "data"))
     changes: dict[str, Any] = {
         "model": ModelSection(path=str(path), cut=1, dtype=dtype or job.model.dtype),  # type: ignore[arg-type]  # ditto
         "data": job.data.model_copy(update={"format": "auto"}),
@@ -206,10 +208,10 @@ def _described(loaded: LoadedJob, shape: str) -> Workload:
     )
 
 
-def _write_party(name: str, train: list[dict[str, Any]], test: list[dict[str, Any]], folder: Path) -> PartySection:
+def _write_party(name: str, train: list[dict[str, Any]], test: dict[str, Any], folder: Path) -> PartySection:
     folder.mkdir(exist_ok=True)
     paths = {"train": folder / f"{name}.jsonl", "test": folder / f"{name}-test.jsonl"}
-    for path, rows in ((paths["train"], train), (paths["test"], test)):
+    for path, rows in ((paths["train"], train), (paths["test"], [test])):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return PartySection(name=name, train=str(paths["train"]), test=str(paths["test"]))
 
