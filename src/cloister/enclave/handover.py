@@ -17,7 +17,7 @@ from cloister.crypto.bundle import UnverifiedHeader, VerifiedBundle
 from cloister.crypto.encoding import Fields, encode
 from cloister.crypto.keys import DATA_KEY_BYTES, DataKey
 from cloister.enclave.compute import Sources
-from cloister.errors import ProtocolError
+from cloister.errors import ProtocolError, RunError
 from cloister.job import Job
 from cloister.jobfile import parse_job, render_job
 
@@ -92,8 +92,16 @@ class Handover:
 
 
 def write_memory(content: bytes) -> int:
-    """Put bytes into anonymous memory; returns its descriptor, which the caller closes."""
-    descriptor = os.memfd_create("handover")
+    """Put bytes into anonymous memory; returns its descriptor, which the caller closes.
+
+    Raises:
+        RunError: this kernel has none.
+    """
+    try:
+        descriptor = os.memfd_create("handover")
+    except (OSError, AttributeError) as exc:
+        message = "there is no anonymous memory to hand keys over in"
+        raise RunError(message, where="[enclave] processes", hint="take processes = 1") from exc
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

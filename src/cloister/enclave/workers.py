@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -34,6 +36,9 @@ END_TIMEOUT_S = 20.0
 """torchrun notices a lost process within a moment, and ends the others within its own time limit."""
 _MEMORY = Path("/dev/shm")  # noqa: S108  # a new folder in it, with a random name, for this user alone
 _MAX_LINES = 1000
+_POLL_MS = 200
+_FOLLOWS = (LOST_EXIT_CODE, -signal.SIGTERM)
+"""Exit codes of processes that noticed the end of another one, or that torchrun ended because of it."""
 _FOREIGN = ("TORCHELASTIC_", "TORCH_ELASTIC_", "GLOO_")
 """Environment variables that would let torchrun or gloo open a port or use another interface."""
 
@@ -95,16 +100,16 @@ def team_of(handover: Handover, kind: str) -> Iterator[Team]:
             workers.wait_until_ready()
             yield join(folder, 0, count, device, even=handover.parted)
             leave()
-            workers.wait()
+            workers.end(END_TIMEOUT_S)
         except RuntimeError as lost:  # a lost process, noticed in the middle of a pass where layers are parted
             if not is_loss(lost):
                 raise
-            raise workers.cause() from lost
+            raise workers.cause(RunError(str(lost), where="[enclave] processes")) from lost
         except LostProcessError as lost:
-            raise workers.cause() from lost
+            raise workers.cause(lost) from lost
         finally:
-            workers.end()
             leave()
+            workers.end()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -116,20 +121,21 @@ class Workers:
         self.count = handover.job.enclave.processes
         self._said: list[dict[str, Any]] = []
         self._news = threading.Condition()
+        self._closing = False
         self._memory = write_memory(handover.to_bytes())
         command = [sys.executable, *interpreter_flags(), "-m", "cloister.enclave.torchrun"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         environment |= LOOPBACK | {"OMP_NUM_THREADS": str(handover.threads), "TORCH_ELASTIC_WORKER_IDENTICAL": "1"}
+        reader, writer = os.pipe()
         self.process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
             [*command, str(handover.folder), str(self.count - 1), kind],
             stdin=self._memory,
-            stdout=subprocess.PIPE,
+            stdout=writer,
             env=environment,
             start_new_session=True,  # a Ctrl-C is for the enclave, which then ends them
         )
-        if self.process.stdout is None:
-            raise RuntimeError("a pipe was asked for")
-        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        os.close(writer)
+        self._reader = threading.Thread(target=self._read, args=(reader,), daemon=True)
         self._reader.start()
 
     def wait_until_ready(self) -> None:
@@ -147,25 +153,17 @@ class Workers:
         if self.process.poll() is not None:
             raise self.cause()
 
-    def wait(self) -> None:
-        """Return when all have ended as they should.
+    def cause(self, seen: CloisterError | None = None) -> CloisterError:
+        """Why a process ended, the first reason that is not just another one's end; waits for torchrun to notice.
 
-        Raises:
-            CloisterError: one did not.
+        Args:
+            seen: what this process noticed, which is the reason where no other one is known.
         """
-        try:
-            code = self.process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise RunError("the processes do not end", where="[enclave] processes") from None
-        if code != 0:
-            raise self.cause()
-
-    def cause(self) -> CloisterError:
-        """Why a process ended, the first reason that is not just another one's end; waits for torchrun to notice."""
         try:
             self.process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.end()
+        # Whatever was said is read once the last process has closed its end of the pipe.
         self._reader.join(END_TIMEOUT_S)
         with self._news:
             said = list(self._said)
@@ -173,30 +171,39 @@ class Workers:
             if "error" in line:
                 return _rebuilt(line["rank"], line["error"])
         ended = {1 + int(rank): code for line in said for rank, code in line.get("ended", {}).items()}
+        if seen is not None and set(ended.values()) <= set(_FOLLOWS):
+            return seen
         return _ending(ended, self.count, self.process.returncode)
 
-    def end(self) -> None:
-        """End what still runs: nobody reads their pipe any more."""
-        os.close(self._memory) if self._memory >= 0 else None
+    def end(self, wait_s: float = 0.0) -> None:
+        """End what still runs after `wait_s` seconds, in which processes that are done end by themselves."""
+        if self._memory >= 0:
+            os.close(self._memory)
         self._memory = -1
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            self.process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for seconds, signal_number in ((wait_s, signal.SIGTERM), (END_TIMEOUT_S, signal.SIGKILL)):
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.process.send_signal(signal_number)
+        self.process.wait()
+        # A process that outlives torchrun, because that was killed, ends when its pipe has no reader.
+        self._closing = True
         self._reader.join(END_TIMEOUT_S)
 
-    def _read(self, pipe: BinaryIO) -> None:
-        with pipe:
-            for _ in range(_MAX_LINES):
-                line = pipe.readline(MAX_LINE_BYTES)
-                if not line:
-                    break
-                with self._news:
-                    self._said.append(json.loads(line))
-                    self._news.notify_all()
+    def _read(self, pipe: int) -> None:
+        poll, rest = select.poll(), b""
+        poll.register(pipe, select.POLLIN)
+        while not self._closing:
+            if not poll.poll(_POLL_MS):
+                continue
+            piece = os.read(pipe, MAX_LINE_BYTES)
+            *lines, rest = (rest + piece).split(b"\n")
+            with self._news:
+                self._said += [json.loads(line) for line in lines]
+                self._news.notify_all()
+            if not piece or len(rest) > MAX_LINE_BYTES or len(self._said) > _MAX_LINES:
+                break
+        os.close(pipe)
 
 
 def _rebuilt(rank: int, error: Mapping[str, str]) -> CloisterError:
@@ -212,8 +219,7 @@ def _rebuilt(rank: int, error: Mapping[str, str]) -> CloisterError:
 
 def _ending(ended: Mapping[int, int], count: int, code: int) -> RunError:
     """Of the exit codes, the one that tells most: not those of processes that followed another one, or were ended."""
-    follows = (LOST_EXIT_CODE, -15)
-    causes = [rank for rank in sorted(ended) if ended[rank] not in follows] or sorted(ended)
+    causes = [rank for rank in sorted(ended) if ended[rank] not in _FOLLOWS] or sorted(ended)
     if not causes:
         return RunError(f"torchrun ended with exit code {code}", where="[enclave] processes", hint="see the log")
     rank, how = causes[0], ended[causes[0]]

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from cloister.attest import isolation
 from cloister.enclave import workers
 from cloister.enclave.lifeline import MAX_LINE_BYTES, describe, say
 from cloister.enclave.placing import is_parted, own_device
@@ -336,3 +338,27 @@ def test_each_process_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         own_device("cuda", 2)
     with pytest.raises(JobError, match="MPS"):
         own_device("mps", 0)
+
+
+def test_a_process_under_evidence_of_a_tee_must_be_isolated(tmp_path: Path) -> None:
+    """It is asked before it reads the keys that it inherits."""
+    command = [sys.executable, "-m", "cloister.enclave.worker", str(tmp_path), "tdx"]
+    with Path(os.devnull).open() as nothing:
+        ended = subprocess.run(
+            command, stdin=nothing, capture_output=True, env={**os.environ, "RANK": "0"}, check=False, timeout=200
+        )
+    said = json.loads(ended.stdout)
+    assert (ended.returncode, said["rank"], said["error"]["class"]) == (1, 1, "UsageError")
+    assert "not isolated" in said["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((1, 1, 1), ["-I"]), ((0, 1, 1), []), ((1, 0, 1), []), ((1, 1, 0), [])],
+)
+def test_what_is_started_is_as_isolated_as_the_enclave(
+    flags: tuple[int, int, int], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = dict(zip(("ignore_environment", "safe_path", "no_user_site"), flags, strict=True))
+    monkeypatch.setattr(isolation, "sys", SimpleNamespace(flags=SimpleNamespace(**closed)))
+    assert isolation.interpreter_flags() == expected
