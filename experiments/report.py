@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister.job import Job
+from cloister.report.model import ALL
 from experiments import figures
-from experiments.page import ablation_table, main_table, margins, party_table, verdict_table
+from experiments.page import ablation_table, main_table, margins, party_table, points, relative, verdict_table
 from experiments.run import Done
 from experiments.study import MAIN, REFERENCE, Arm, Budget
 from experiments.tables import Columns, Row, columns, rows
@@ -54,6 +55,7 @@ def write_report(results: Results, folder: Path) -> str:
         verdict_table(compared, parties, accuracy=False),
         "Accuracy:\n",
         verdict_table(compared, parties, accuracy=True),
+        _rounding(results),
         _rates(results),
     ]
     figures.differences(compared, folder / "figures" / "differences.svg")
@@ -105,6 +107,18 @@ def _setting(results: Results) -> str:
         f"*alone* has the whole budget for itself; {budget.rounds} rounds; {seeds}; "
         f"{sum(map(len, reference.scores.values())):,} test records, at most {budget.examples} of each task of each "
         "party. Examination questions with choices of their own count by their bits alone.\n"
+    )
+
+
+def _rounding(results: Results) -> str:
+    """The integers of slice against the same rounds in floating point; empty where one of them is missing."""
+    integers, plain = (results.main.get(name, []) for name in ("slice-lora", "fedavg"))
+    if not integers or not plain:
+        return ""
+    row = next(row for row in rows(_columns(integers), _columns(plain[: len(integers)])) if row.party == ALL)
+    return (
+        "What the integers of `slice` cost, against FedAvg with the same rounds, batches and rate in floating point: "
+        f"{relative(row)} of the bits per byte, {points(row)} points of accuracy.\n"
     )
 
 

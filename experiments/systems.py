@@ -22,7 +22,15 @@ from cloister.evaluation.scores import Scores, score
 from cloister.federation.aggregate import aggregate, keeps_no_moments
 from cloister.federation.state import GlobalState
 from cloister.federation.update import PartyUpdate
-from cloister.job import AdapterSection, Job
+from cloister.job import (
+    AdapterSection,
+    FederationSection,
+    Job,
+    JobSection,
+    ModelSection,
+    TrainingSection,
+    TransportSection,
+)
 from cloister.jobfile import parse_job, render_job
 from cloister.model.anatomy import DTYPES, load_model, load_tokenizer
 from cloister.model.cut import Former, Latter, Whole
@@ -60,9 +68,16 @@ def run_cell(cell: Cell, cut: int) -> Outcome:
 
 
 def read_data(job: Job) -> dict[str, PartyData]:
-    """Every party's records, packed as its own process would. Adapter and rates play no part in that."""
-    plain = job.training.model_copy(update={"learning_rate": 1.0})
-    return _read_data(render_job(job.model_copy(update={"adapter": AdapterSection(), "training": plain})))
+    """Every party's records, packed as its own process would. Kept for the next cell: most differ in other sections."""
+    same = {
+        "job": JobSection(name="data", seed=job.job.seed),
+        "model": ModelSection(path=job.model.path),
+        "adapter": AdapterSection(),
+        "training": TrainingSection(steps=1, max_tokens=job.training.max_tokens),
+        "transport": TransportSection(),
+        "federation": FederationSection(),
+    }
+    return _read_data(render_job(job.model_copy(update=same)))
 
 
 @lru_cache(maxsize=2)
