@@ -129,7 +129,8 @@ class Seen:
 
     commands: list[list[str]] = dataclasses.field(default_factory=list)
     readable: list[bytes] = dataclasses.field(default_factory=list)
-    """Command lines, environments, files that are open."""
+    """Command lines, environments, files that are open, anonymous memory."""
+    memories: int = 0
     listening: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     connected: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     """To which of these a stranger could connect."""
@@ -143,7 +144,8 @@ class Seen:
             self.readable += [(proc / name).read_bytes() for name in ("cmdline", "environ")]
             for descriptor in (proc / "fd").iterdir():
                 target = descriptor.resolve()
-                if target.is_file() and not str(target).startswith("/proc"):
+                self.memories += 1 if str(target).startswith("/memfd:") else 0
+                if target.is_file() or str(target).startswith("/memfd:"):
                     self.readable.append(descriptor.read_bytes())
             self._ports(process)
         for folder in MEMORY.glob("cloister-*"):
@@ -190,6 +192,7 @@ def test_no_key_is_readable_from_outside(two: tuple[Played, Seen, set[str]]) -> 
         (True, False),
         (False, True),
     ]
+    assert seen.memories >= 1, "torchrun still has the memory that the keys came in"
     assert len(played.keys) == 4
     for key in played.keys:
         for form in (key, key.hex().encode()):
