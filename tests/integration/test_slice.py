@@ -42,7 +42,7 @@ def unmasked(loaded: LoadedJob) -> dict[str, bytes]:
     for party in job.party:
         files = [loaded.data_file(party.name, part) for part in ("train", "test")]
         model = integers_in_place(load_model(resolved.model.folder, "float32"), 8)
-        works[party.name] = SiloWork(Whole(model), prepare(job, tokenizer, *files), job, party.name)
+        works[party.name] = SiloWork(Whole(model, all_tokens=True), prepare(job, tokenizer, *files), job, party.name)
     first = next(iter(works.values())).adapted
     ended = federate(works, GlobalState(round=0, weights=snapshot(first)), job)
     load_adapter_weights(first, ended.weights)

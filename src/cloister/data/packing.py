@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,7 +37,19 @@ class Pack:
     def with_activations(self, activation_TD: Tensor) -> Pack:
         return replace(self, given=activation_TD)
 
+    @cached_property
+    def wanted(self) -> Layout:
+        """The layout, with the tokens before targets as its queries."""
+        return replace(self.layout, query_N=self.target_pos_N.unique())
+
+    @cached_property
+    def wanted_N(self) -> Tensor:
+        """Which of these queries stands before each target: branches share the last token of their root."""
+        return torch.searchsorted(self.wanted.query_N, self.target_pos_N)
+
     def to(self, device: torch.device | str) -> Pack:
+        if self.given.device == torch.device(device):
+            return self
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         layout = Layout(**{name: getattr(self.layout, name).to(device) for name in LAYOUT})
         return Pack(layout=layout, **tensors)

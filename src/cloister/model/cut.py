@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from cloister.errors import ModelError
 from cloister.model.anatomy import find_anatomy, find_head
 from cloister.model.attention import Layout, packed
+from cloister.model.last_layer import LastLayer
 
 
 class _Absent(nn.Module):
@@ -81,23 +82,29 @@ class Former:
 
 
 class Whole:
-    """The whole model behind the interface of `Latter`: its input is token ids. Used for baselines and oracles."""
+    """The whole model behind the interface of `Latter`: its input is token ids. Used for baselines and oracles.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        all_tokens: whether the last layer is computed for all tokens, even if the hidden states of some are wanted.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, all_tokens: bool = False) -> None:
         self.model = model
         self.anatomy = find_anatomy(model)
+        if not all_tokens:
+            LastLayer.install(self.anatomy.layers(model)[-1])
         self.config = model.config
         self.device = model.device
 
     def hidden(
         self, ids_T: Tensor, position_T: Tensor, layout: Layout | None, cache: DynamicCache | None = None
     ) -> Tensor:
-        """Hidden states after the final norm, (T, D), of token ids (T)."""
+        """Hidden states after the final norm of token ids (T): (T, D), or (N, D) of the layout's queries."""
         with packed(layout):
             out = self.anatomy.trunk(self.model)(
                 input_ids=ids_T[None], position_ids=position_T[None], past_key_values=cache, use_cache=cache is not None
             )
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return _wanted(out.last_hidden_state[0], layout)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits (N, V) by the model's own head code, soft caps and scaling included."""
@@ -134,7 +141,7 @@ class Latter(Whole):
     def hidden(
         self, activation_TD: Tensor, position_T: Tensor, layout: Layout | None, cache: DynamicCache | None = None
     ) -> Tensor:
-        """Hidden states after the final norm, (T, D), of activations at the cut (T, D)."""
+        """As `Whole.hidden`, of activations at the cut (T, D)."""
         self._entry.given = activation_TD[None]
         before = self._entry.entries
         try:
@@ -151,7 +158,11 @@ class Latter(Whole):
             raise ModelError(
                 "the trunk did not call each layer once in order, so it cannot be cut", where=type(self.model).__name__
             )
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return _wanted(out.last_hidden_state[0], layout)
+
+
+def _wanted(hidden_TD: Tensor, layout: Layout | None) -> Tensor:
+    return hidden_TD if layout is None or layout.query_N is None else hidden_TD[layout.query_N]
 
 
 def _config_part(model: PreTrainedModel, layers: range) -> Any:

@@ -19,8 +19,7 @@ MAX_LOGITS = 1 << 24
 
 def target_nll(half: Whole, pack: Pack, max_logits: int = MAX_LOGITS) -> Tensor:
     """Nats of each target, (N) in fp32. Logits are computed for targets only, `max_logits` at a time."""
-    hidden_TD = half.hidden(pack.given, pack.layout.position_T, pack.layout)
-    hidden_ND = hidden_TD[pack.target_pos_N]
+    hidden_ND = half.hidden(pack.given, pack.layout.position_T, pack.wanted)[pack.wanted_N]
     rows = max(1, max_logits // half.config.get_text_config().vocab_size)
     if len(hidden_ND) <= rows:
         return _nll(half, hidden_ND, pack.target_id_N)

@@ -117,7 +117,7 @@ def masked(
 
 def whole_part(model: MaskedModel, job: Job, data: PartyData) -> Mapping[str, Tensor]:
     """All that a party does in a job. Returns: the trained adapter."""
-    work = SiloWork(Whole(model.model), data, job, "north")
+    work = SiloWork(Whole(model.model, all_tokens=True), data, job, "north")
     weights: Mapping[str, Tensor] = adapter_state(work.adapted)
     for number in range(job.federation.rounds):
         weights = work.train(number, dict(weights), {}).weights

@@ -46,9 +46,9 @@ def test_masked_rounds_are_local_training_on_the_same_integers_bit_for_bit(
     """One party, one accelerator and its pads, two packs in flight, against plain integer products, one at a time."""
     job = slice_job(adapter=adapter)
     masked, _ = masked_model(saved("llama", tmp_path), bits=8)[:2]
-    work = SiloWork(Whole(masked.model), party_data(), job, "north", in_flight=2, verify=masked.verify)
+    work = SiloWork(Whole(masked.model, all_tokens=True), party_data(), job, "north", in_flight=2, verify=masked.verify)
     ended = federate({"north": work}, first_state(Whole(tiny_model("llama")), job), job)
-    assert differing(dict(ended.weights), locally(Whole(integer_model("llama", 8)), job)) == []
+    assert differing(dict(ended.weights), locally(Whole(integer_model("llama", 8), all_tokens=True), job)) == []
 
 
 def test_packs_in_flight_change_no_bit() -> None:
