@@ -17,15 +17,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from cloister.adapters.add import add_adapter
 from cloister.adapters.state import adapter_files
 from cloister.errors import RunError
+from cloister.job import AdapterSection
 from cloister.model.cut import Latter
 from cloister.training.checkpoint import Checkpoint
 from cloister.training.loop import PackList, train
+from cloister.training.loss import target_nll
+from cloister.training.sharded import part
 from cloister.training.team import Joined, LostProcessError
 from tests.unit.model.tiny import tiny_model
 from tests.unit.training.test_loop import CUT, PACKS, _at_the_cut, _prepare, _section
+
+PARTED = [
+    ("llama", "lora", torch.float32),
+    ("llama", "ptuning", torch.float32),
+    ("gpt2", "lora", torch.float32),
+    ("gemma2", "lora", torch.bfloat16),
+]
+"""GPT-2's head is its embedding."""
 
 
 class Counted(PackList):
@@ -67,6 +80,26 @@ def totals(team: Joined) -> dict[str, Any]:
     return {"loss": loss, "gradients": [None if p.grad is None else p.grad.tolist() for p in parameters]}
 
 
+def parted(name: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A loss and its gradients before and after the frozen layers are parted, and what share of them stays here."""
+    latter = Latter(tiny_model(name, dtype), CUT)
+    adapted = add_adapter(latter, AdapterSection.model_validate({"kind": kind}), first_layer=CUT, seed=0)
+    frozen = [p for p in latter.anatomy.layers(latter.model)[CUT:].parameters() if not p.requires_grad]
+    trained, whole = [p for p in adapted.parameters() if p.requires_grad], sum(p.numel() for p in frozen)
+    for parameter in trained:
+        parameter.data.add_(0.01)
+    pack = _at_the_cut(name, PACKS[:1], dtype)[0]
+    found: list[tuple[float, list[torch.Tensor]]] = []
+    for place in (lambda: None, lambda: part(latter, adapted, torch.device("cpu")), lambda: None):
+        place()
+        loss = target_nll(latter, pack).mean()
+        found.append((loss.item(), list(torch.autograd.grad(loss, trained))))
+    layers = latter.anatomy.layers(latter.model)[CUT:]
+    here = sum(p.to_local().numel() for p in layers.parameters() if isinstance(p, DTensor))
+    same = all(loss == found[0][0] and all(map(torch.equal, gradients, found[0][1])) for loss, gradients in found[1:])
+    return {"same": same, "share": here / whole, "moved": found[0][1][0].abs().sum().item() > 0}
+
+
 def drift(team: Joined) -> str:
     team.require_same({"a": torch.ones(3)}, "something")
     try:
@@ -88,6 +121,7 @@ def main(rank: int, count: int, folder: Path) -> None:
         "uneven": trained(Joined(torch.device("cpu"), even=True)),
         "resumed": trained(team, one),
         "totals": totals(team),
+        "parted": {f"{name} {kind} {dtype}": parted(name, kind, dtype) for name, kind, dtype in PARTED},
         "rows": team.gather(torch.full((rank + 1, 2), float(rank), dtype=torch.float64)).tolist(),
         "drift": drift(team),
     }

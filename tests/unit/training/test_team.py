@@ -135,6 +135,15 @@ def test_gradients_are_summed_and_absent_ones_stay_absent(team: list[dict[str, A
         assert none is None
 
 
+def test_parted_layers_give_the_same_loss_and_gradients_bit_for_bit(team: list[dict[str, Any]]) -> None:
+    for member in team:
+        assert len(member["parted"]) == 4
+        for case, found in member["parted"].items():
+            assert found["same"], case
+            assert found["moved"], case
+            assert found["share"] == pytest.approx(0.5, abs=0.05), case
+
+
 def test_rows_are_gathered_in_the_order_of_the_processes(team: list[dict[str, Any]]) -> None:
     assert team[0]["rows"] == team[1]["rows"] == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
 
