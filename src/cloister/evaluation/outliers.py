@@ -8,7 +8,7 @@ from statistics import median
 
 from cloister.report.model import PartyFit
 
-LOSS_FLOOR, GRADIENT_FLOOR = 0.1, 0.35
+LOSS_FLOOR, GRADIENT_FLOOR = 0.1, 0.5
 """Least spread between honest parties, in natural logarithms: texts differ in how hard they are, gradients more."""
 MIN_VALUES = 3
 """Of two, neither is the odd one."""
