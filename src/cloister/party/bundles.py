@@ -18,7 +18,7 @@ from cloister.crypto.sealing import write_durably
 from cloister.data.packing import Pack
 from cloister.data.payload import max_payload_bytes, write_payload
 from cloister.data.prepare import KINDS, Part, PartyData, files_sha256, prepare
-from cloister.errors import CloisterError, RunError
+from cloister.errors import CloisterError, DataError, RunError
 from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer
 from cloister.model.cut import Former
@@ -43,12 +43,22 @@ class SealedParty:
 
 
 def seal_party(
-    resolved: ResolvedJob, party: str, key: PartyKey, folder: Path, *, device: str, progress: Progress
+    resolved: ResolvedJob,
+    party: str,
+    key: PartyKey,
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    signed: bool = False,
 ) -> SealedParty:
     """Make the party's bundles, or take up finished ones of the same job from an earlier start.
 
+    Args:
+        signed: the party has signed a manifest with these bundles: others would not do.
+
     Raises:
-        DataError, ModelError: the party's data or model are wrong.
+        DataError, ModelError: the party's data or model are wrong, or signed bundles are damaged.
         CapacityError: the disk is full; nothing half-written is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +67,12 @@ def seal_party(
     finished = _finished(resolved, party, key, folder, content)
     if finished is not None:
         return finished
+    if signed:
+        raise DataError(
+            "the bundles that this party has agreed to train on are damaged, or its data have changed",
+            where=str(folder),
+            hint="restore the folder and the data as they were; for other data make another job",
+        )
     (folder / "counts.json").unlink(missing_ok=True)
     job = resolved.job
     with task(progress, "reading records"):

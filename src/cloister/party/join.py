@@ -15,7 +15,7 @@ from cloister.model.cut import Former
 from cloister.party.bundles import SealedParty, seal_party
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import generate, stop_ids
-from cloister.party.results import keep_receipt, keep_results, kept_results
+from cloister.party.results import come_back, keep_receipt, keep_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
@@ -26,7 +26,6 @@ from cloister.party.taking_part import (
     sample,
     sample_prompts,
     show_event,
-    with_reconnect,
     write_samples,
 )
 from cloister.progress import Progress, Task, task
@@ -51,12 +50,22 @@ def join_split(entering: Entering, *, progress: Progress, samples: int = 0) -> J
     client = entering.client(opened)
     party, out = entering.party, entering.out
     device = pick_device(opened.resolved.job.enclave.device)
-    sealed = seal_party(opened.resolved, party, entering.key, out / "bundles", device=device, progress=progress)
+    sealed = seal_party(
+        opened.resolved,
+        party,
+        entering.key,
+        out / "bundles",
+        device=device,
+        progress=progress,
+        signed=client.memory.exists(),
+    )
     timing["former layers"] = time.monotonic() - started
     counter = Counter()
-    results = with_reconnect(
+    results = come_back(
         lambda: _take_part(client, entering, opened, sealed, counter, timing, progress, samples),
-        lambda: kept_results(out, client, released=entering.is_recipient),
+        out,
+        client,
+        released=entering.is_recipient,
     )
     return make_report(
         opened,

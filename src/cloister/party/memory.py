@@ -133,9 +133,11 @@ class Memory:
         try:
             state = State.from_bytes(content)
         except ProtocolError as exc:
-            raise DataError("this party's memory is damaged", where=str(self.path), hint="restore the file") from exc
+            hint = "restore the file as it was"
+            raise DataError("this party's memory is damaged", where=str(self.path), hint=hint) from exc
         if state.manifest_sha256 != self._beginning.manifest_sha256:
-            raise DataError("this party's memory is of another manifest", where=str(self.path))
+            hint = "the manifest that lies beside it is damaged: restore both files as they were"
+            raise DataError("this party's memory is of another manifest", where=str(self.path), hint=hint)
         return state
 
     def write(self, state: State) -> State:

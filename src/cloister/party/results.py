@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cloister.adapters.files import CONFIG, WEIGHTS
 from cloister.agreement.receipt import Receipt
 from cloister.crypto.sealing import write_durably
-from cloister.errors import CloisterError, DataError, VerificationError
+from cloister.errors import CloisterError, DataError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
+from cloister.party.taking_part import with_reconnect
 
 _SYSTEMS = ("base", "cloister")
 _MODE = 0o666
@@ -59,6 +60,23 @@ def kept_results(out: Path, client: PartyClient, *, released: bool) -> Results |
         return client.accept_kept(receipt, json.loads(files["declared.json"]), scores, adapter)
     except (OSError, ValueError, KeyError, CloisterError):
         return None  # then it is fetched again, or the enclave's absence is an error
+
+
+def come_back(attempt: Callable[[], Results], out: Path, client: PartyClient, *, released: bool) -> Results:
+    """`with_reconnect`, with what an earlier start has kept.
+
+    Raises:
+        TransportError: the enclave stays away, and what is here is not whole.
+    """
+    try:
+        return with_reconnect(attempt, lambda: kept_results(out, client, released=released))
+    except TransportError as exc:
+        if (out / "receipt.json").exists():
+            exc.hint = (
+                f"{exc.hint}; results are in {out} already, but damaged or of another job: restore the files as they "
+                "were, or have the enclave started with --serve and all parties join again"
+            )
+        raise
 
 
 def _files(results: Results) -> dict[str, bytes]:

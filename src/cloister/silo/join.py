@@ -29,7 +29,7 @@ from cloister.masking.weights import GroupPlan
 from cloister.model.anatomy import load_tokenizer
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import stop_ids
-from cloister.party.results import keep_receipt, keep_results, kept_results
+from cloister.party.results import come_back, keep_receipt, keep_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
@@ -40,7 +40,6 @@ from cloister.party.taking_part import (
     sample,
     sample_prompts,
     show_event,
-    with_reconnect,
     write_samples,
 )
 from cloister.progress import Progress, task
@@ -109,9 +108,11 @@ class _Silo:
         with open_model(entering, self._opened, lambda plans: self._rows(plans, data), self._progress) as model:
             self._timing["preparing"] = time.monotonic() - began
             work = SiloWork(model.half, data, resolved.job, entering.party, in_flight=IN_FLIGHT, verify=model.verify)
-            results = with_reconnect(
+            results = come_back(
                 lambda: self._take_part(committed, model, work),
-                lambda: kept_results(entering.out, self._client, released=entering.is_recipient),
+                entering.out,
+                self._client,
+                released=entering.is_recipient,
             )
         return make_report(
             self._opened,

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_anything_else_is_made_anew(job: ResolvedJob, folder: Path, spoil: Calla
             assert reader.read(0, 2) in (b"[]", b"[{")
     assert not list(folder.glob("*.part"))
     assert not seal(job, folder)[1]
+
+
+def test_bundles_that_were_agreed_on_are_never_replaced(job: ResolvedJob, folder: Path) -> None:
+    """No enclave could take others; perhaps the file can be had back."""
+    call: dict[str, Any] = {"device": "cpu", "progress": Tasks(), "signed": True}
+    assert seal_party(job, "north", KEYS["north"], folder, **call).records["train"] == 36
+    (folder / "counts.json").write_bytes(b"{")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DataError, match="agreed to train on") as error:
+        seal_party(job, "north", KEYS["north"], folder, **call)
+    assert "restore" in error.value.hint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_bundles_of_another_job_are_made_anew(job: ResolvedJob, folder: Path, model: Path, tmp_path: Path) -> None:

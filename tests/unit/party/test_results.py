@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cloister.adapters.files import CONFIG, WEIGHTS
-from cloister.errors import CapacityError, VerificationError
+from cloister.errors import CapacityError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
-from cloister.party.results import keep_receipt, keep_results, kept_results
+from cloister.party.results import come_back, keep_receipt, keep_results, kept_results
 from tests.unit.enclave.stage import PARTIES, Stage, Wire
 
 
@@ -170,3 +170,27 @@ def test_results_without_the_adapter_that_belongs_to_them_are_not_taken_up(
 ) -> None:
     keep_results(tmp_path, results["south"])
     assert kept_results(tmp_path, client(stage, "south"), released=True) is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_enclave_that_is_gone_costs_only_results_that_are_damaged(
+    monkeypatch: pytest.MonkeyPatch, stage: Stage, results: dict[str, Results], tmp_path: Path, whole: bool
+) -> None:
+    monkeypatch.setattr("cloister.party.taking_part.RECONNECT_S", 0.0)
+    keep_results(tmp_path, results["north"])
+    if not whole:
+        (tmp_path / "adapter" / WEIGHTS).write_bytes(b"weigh")
+
+    def attempt() -> Results:
+        raise TransportError("nobody answers", hint="is it running?")
+
+    if whole:
+        assert come_back(attempt, tmp_path, client(stage), released=True).adapter == results["north"].adapter
+        return
+    with pytest.raises(TransportError, match="nobody answers") as error:
+        come_back(attempt, tmp_path, client(stage), released=True)
+    assert "damaged" in error.value.hint
+    (tmp_path / "receipt.json").unlink()
+    with pytest.raises(TransportError) as error:
+        come_back(attempt, tmp_path, client(stage), released=True)
+    assert error.value.hint == "is it running?"
