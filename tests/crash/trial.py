@@ -33,7 +33,7 @@ SHORT_TIMES: dict[str, object] = {
     "cloister.progress._INTERVAL_S": 0.0,
 }
 """Waits that a trial cannot sit out. Which comes first stays as it is."""
-TRIAL_S = 120.0
+TRIAL_S = 300.0
 TROUBLE_S = 4.0
 """How long a disk is full or a clock wrong where no role fails of it."""
 MAX_STARTS = 12

@@ -204,9 +204,12 @@ class Soak:
 
     def result(self, fault: str) -> dict[str, Any]:
         """What the command prints."""
-        growth = self.samples.growth()
+        try:
+            growth = self.samples.growth()
+        except ValueError as error:
+            growth, fault = {}, fault or str(error)
         return {
-            "hours": self.samples.times_s[-1] / 3600,
+            "hours": (time.monotonic() - self._began) / 3600,
             "samples": len(self.samples.times_s),
             "actions": dict(self.actions),
             "jobs": dict(self.jobs),
