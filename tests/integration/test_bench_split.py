@@ -45,6 +45,7 @@ def test_every_system_reaches_the_same_loss(tmp_path: Path, make_job: MakeJob) -
     for row in rows.values():
         assert row.seconds_to_loss is not None
         assert 0 < row.seconds_to_loss <= row.seconds
+        assert row.cpu_s > 0
         assert row.tokens_per_s == pytest.approx(row.tokens / row.train_s)
         assert all(100 < mib < 10_000 for mib in row.peak_rss_mib.values())
     assert set(rows["split"].peak_rss_mib) == {"enclave", "party"}
@@ -62,6 +63,7 @@ def test_every_system_reaches_the_same_loss(tmp_path: Path, make_job: MakeJob) -
             "step_split_3_over_trainer": split.tokens_per_s / trainer.tokens_per_s,
             "step_split_3_over_central": split.tokens_per_s / central.tokens_per_s,
             "bound_3": 4.0,
+            **{f"cpu_{name}_over_split_3": rows[name].cpu_s / split.cpu_s for name in ("trainer", "central", "fedavg")},
         }
     )
 

@@ -1,8 +1,9 @@
-"""Peak memory of the processes that a benchmark starts, by role."""
+"""Peak memory and processor time of the processes that a benchmark starts, by role."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ class PeakMemory:
         self.mib: dict[str, float] = {}
         self._name_role = name_role
         self._roles: dict[int, str | None] = {}
+        self._used: dict[int, list[tuple[float, float]]] = {}  # by process: (time.monotonic(), processor seconds)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 
@@ -34,6 +36,10 @@ class PeakMemory:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
+
+    def processor_seconds(self, begin: float, end: float) -> float:
+        """Of all counted processes between two times of `time.monotonic`, to a quarter of a second each."""
+        return sum(_at(used, end) - _at(used, begin) for used in self._used.values())
 
     def _watch(self) -> None:
         me = psutil.Process()
@@ -53,6 +59,13 @@ class PeakMemory:
         role = self._roles[child.pid]
         if role is not None:
             self.mib[role] = max(self.mib.get(role, 0.0), peak_bytes(child) / 2**20)
+            times = child.cpu_times()
+            self._used.setdefault(child.pid, []).append((time.monotonic(), times.user + times.system))
+
+
+def _at(used: Sequence[tuple[float, float]], when: float) -> float:
+    """Processor time at the last look before `when`; 0 before the first."""
+    return max((seconds for looked, seconds in used if looked <= when), default=0.0)
 
 
 def peak_bytes(process: psutil.Process) -> int:

@@ -194,6 +194,7 @@ def row_of(key: Key, runs: Sequence[BenchMeasured], shape: str, target: float | 
         setup_s=median(run.setup_s for run in runs),
         train_s=median(run.train_s for run in runs),
         start_s=median(run.start_s for run in runs),
+        cpu_s=median(run.cpu_s for run in runs),
         tokens_per_s=median(run.tokens / run.train_s for run in runs),
         peak_rss_mib={role: max(run.peak_rss_mib.get(role, 0.0) for run in runs) for role in roles},
         wire_bytes=runs[0].wire_bytes,
@@ -215,6 +216,7 @@ def ratios(rows: Sequence[BenchSplitRow], layers: int) -> dict[str, float]:
         for name, peer in peers.items():
             if row.seconds_to_loss and peer.seconds_to_loss:
                 found[f"{name}_over_split_{row.cut}"] = peer.seconds_to_loss / row.seconds_to_loss
+            found[f"cpu_{name}_over_split_{row.cut}"] = peer.cpu_s / row.cpu_s
         for name in ("trainer", "central"):
             if name in peers:
                 found[f"step_split_{row.cut}_over_{name}"] = row.tokens_per_s / peers[name].tokens_per_s

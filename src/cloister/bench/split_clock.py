@@ -17,23 +17,30 @@ from cloister.training.loop import PackList, evaluation_steps
 
 
 class Clock:
-    """Seconds since it was made, without those in which it was stopped."""
+    """Seconds since it was made, without those in which it was stopped; and this process's processor time likewise."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._begun = now, now()
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, used: Callable[[], float] = time.process_time
+    ) -> None:
+        self._now, self._begun, self._used, self._used_before = now, now(), used, used()
 
     @property
     def seconds(self) -> float:
         return self._now() - self._begun
 
+    @property
+    def cpu_s(self) -> float:
+        return self._used() - self._used_before
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Time in this block does not count."""
-        before = self._now()
+        before, used = self._now(), self._used()
         try:
             yield
         finally:
             self._begun += self._now() - before
+            self._used_before += self._used() - used
 
 
 class Logbook:
@@ -75,6 +82,7 @@ class Logbook:
             setup_s=self.setup_s,
             train_s=seconds - self.setup_s,
             start_s=0.0,
+            cpu_s=self.clock.cpu_s,
             tokens=self.curve[-1].tokens,
             steps=steps,
             peak_rss_mib={},

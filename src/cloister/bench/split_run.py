@@ -37,16 +37,15 @@ class Timeline:
             self.ended[event.task] = self._now()
         self._progress.report(event)
 
-    def seconds(self, parties: Sequence[str]) -> float:
-        """On the clock that this module's docstring describes.
+    def spans(self, parties: Sequence[str]) -> list[tuple[float, float]]:
+        """When the clock that this module's docstring describes runs.
 
         Raises:
             RunError: a role never said that it works.
         """
         first = self._first("enclave")
         entered = min(self._first(party) for party in parties)
-        prepared = min(self.begun[_READY], entered) - first
-        return max(0.0, prepared) + self.ended[_TRAINING] - entered
+        return [(first, max(first, min(self.begun[_READY], entered))), (entered, self.ended[_TRAINING])]
 
     def _first(self, who: str) -> float:
         times = [when for task, when in self.begun.items() if task.startswith(f"{who}: ")]
@@ -60,12 +59,14 @@ def run_split(loaded: LoadedJob, out: Path, *, command: str, progress: Progress)
     timeline, begun = Timeline(progress), time.monotonic()
     with PeakMemory(role_of) as peak:
         report = run_job(loaded, out, serve=False, command=command, progress=timeline, samples=0)
-    seconds = timeline.seconds([party.name for party in loaded.job.party])
+    spans = timeline.spans([party.name for party in loaded.job.party])
+    seconds = sum(end - begin for begin, end in spans)
     train_s = min(seconds, report.training.tokens / report.training.tokens_per_s)
     return BenchMeasured(
         seconds=seconds,
         setup_s=seconds - train_s,
         train_s=train_s,
+        cpu_s=sum(peak.processor_seconds(begin, end) for begin, end in spans),
         start_s=timeline.ended[_TRAINING] - begun - seconds,
         tokens=report.training.tokens,
         steps=report.training.steps,

@@ -66,6 +66,8 @@ class BenchMeasured(Output):
     """The rest: all training steps."""
     start_s: Seconds
     """Starting processes and importing libraries: not in `seconds`."""
+    cpu_s: Seconds
+    """Processor time of all its processes within `seconds`: on a busy machine steadier than the clock."""
     tokens: Count
     """Trained on, over all epochs."""
     steps: Count
@@ -100,6 +102,7 @@ class BenchSplitRow(Part):
     setup_s: Seconds
     train_s: Seconds
     start_s: Seconds
+    cpu_s: Seconds
     tokens_per_s: Annotated[float, Field(ge=0)]
     """While training: tokens through `train_s`."""
     peak_rss_mib: dict[str, float]
@@ -138,6 +141,6 @@ class BenchSplitReport(Versioned):
     ratios: dict[str, float]
     """Of medians, above 1 where split is faster. For each cut N: trainer_over_split_N, central_over_split_N and
     fedavg_over_split_N in seconds (to the loss, where there is one); step_split_N_over_trainer in tokens/s while
-    training, step_split_N_over_central likewise, and bound_N = 1 / (1 - N / layers). What was not measured is left
-    out."""
+    training, step_split_N_over_central likewise, and bound_N = 1 / (1 - N / layers). cpu_trainer_over_split_N and so
+    on: of processor time for the whole token budget. What was not measured is left out."""
     host: Host

@@ -24,6 +24,7 @@ def measured(seconds: float, train_s: float, tokens: int = 1000, **more: Any) ->
         "setup_s": seconds - train_s,
         "train_s": train_s,
         "start_s": 0.0,
+        "cpu_s": 2 * train_s,
         "tokens": tokens,
         "steps": 1,
         "peak_rss_mib": {},

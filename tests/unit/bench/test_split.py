@@ -37,6 +37,12 @@ def test_ratios_are_those_of_the_rows() -> None:
             "step_split_6_over_trainer": 2.5,  # (1000 / 20) / (1000 / 50)
             "step_split_6_over_central": 2.0,
             "bound_6": 2.0,  # 1 / (1 - 6 / 12)
+            "cpu_trainer_over_split_6": 2.5,  # 100 / 40
+            "cpu_central_over_split_6": 2.0,
+            "cpu_fedavg_over_split_6": 4.0,
+            "cpu_trainer_over_split_9": 5.0,
+            "cpu_central_over_split_9": 4.0,
+            "cpu_fedavg_over_split_9": 8.0,
             "trainer_over_split_9": 3.0,
             "central_over_split_9": 2.25,
             "fedavg_over_split_9": 4.5,
@@ -52,7 +58,9 @@ def test_ratios_of_what_was_not_measured_are_left_out() -> None:
         row_of(("fedavg", None), [measured(9.0, 8.0)], "", None),
         row_of(("split", 1), [measured(3.0, 2.0)], "", None),
     ]
-    assert ratios(rows, 4) == pytest.approx({"fedavg_over_split_1": 3.0, "bound_1": 4 / 3})
+    assert ratios(rows, 4) == pytest.approx(
+        {"fedavg_over_split_1": 3.0, "cpu_fedavg_over_split_1": 4.0, "bound_1": 4 / 3}
+    )
     assert ratios(rows[:1], 4) == {}
 
 

@@ -72,7 +72,7 @@ def test_a_silo_with_too_few_steps_is_named(workload: Workload) -> None:
 
 def test_the_clock_stands_still_while_the_held_out_loss_is_measured() -> None:
     now = [0.0]
-    clock = Clock(lambda: now[0])
+    clock = Clock(lambda: now[0], lambda: 2 * now[0])
 
     def held_out() -> float:
         now[0] += 100.0
@@ -86,4 +86,5 @@ def test_the_clock_stands_still_while_the_held_out_loss_is_measured() -> None:
         book.step(number, 3, 10 * number, 2.0)
     measured = book.close(steps=3, wire_bytes=0, how="")
     assert (measured.setup_s, measured.train_s, measured.seconds) == (3.0, 30.0, 33.0)
+    assert measured.cpu_s == 66.0
     assert [(p.seconds, p.held_out) for p in measured.curve] == [(13.0, None), (23.0, 1.5), (33.0, None)]

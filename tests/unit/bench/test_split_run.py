@@ -35,18 +35,18 @@ def timeline(events: list[tuple[float, str, bool]]) -> Timeline:
 
 
 def test_the_clock_covers_work_and_not_the_start_of_processes() -> None:
-    assert timeline(_EVENTS).seconds(["north", "south"]) == (6.0 - 4.0) + (50.0 - 10.0)
+    assert timeline(_EVENTS).spans(["north", "south"]) == [(4.0, 6.0), (10.0, 50.0)]
 
 
 def test_what_the_enclave_prepares_beside_the_parties_is_not_counted_twice() -> None:
     late = [(15.0, task, ended) if "waiting" in task else (when, task, ended) for when, task, ended in _EVENTS]
-    assert timeline(sorted(late)).seconds(["north", "south"]) == (10.0 - 4.0) + (50.0 - 10.0)
+    assert timeline(sorted(late)).spans(["north", "south"]) == [(4.0, 10.0), (10.0, 50.0)]
 
 
 @pytest.mark.parametrize("missing", ["enclave: training", "enclave: waiting for parties", "south: hashing the model"])
 def test_a_run_that_does_not_say_when_is_not_timed(missing: str) -> None:
     with pytest.raises(RunError):
-        timeline([event for event in _EVENTS if event[1] != missing]).seconds(["south"])
+        timeline([event for event in _EVENTS if event[1] != missing]).spans(["south"])
 
 
 def test_roles_are_read_from_command_lines() -> None:
@@ -58,10 +58,13 @@ def test_roles_are_read_from_command_lines() -> None:
 
 
 def test_the_peak_of_the_largest_process_of_a_role_is_kept() -> None:
-    code = "import time; held = bytearray(%d << 20); del held; time.sleep(1.0)"
+    code = "import time; held = bytearray(%d << 20); del held; [i * i for i in range(3_000_000)]; time.sleep(1.0)"
+    before = time.monotonic()
     with PeakMemory(lambda command: "child" if "-c" in command else None) as peak:
         children = [subprocess.Popen([sys.executable, "-c", code % mib]) for mib in (10, 200)]
         while any(child.poll() is None for child in children):
             time.sleep(0.05)
     assert set(peak.mib) == {"child"}
     assert 200 < peak.mib["child"] < 400
+    assert 0.1 < peak.processor_seconds(before, time.monotonic()) < 60.0
+    assert peak.processor_seconds(time.monotonic(), time.monotonic()) == 0.0
