@@ -3,7 +3,7 @@
     python benchmarks/processes.py --hidden 256 --layers 8 --cut 3 --intermediate 688 --vocabulary 4096
 
 Random weights and activations, LoRA of rank 8 on all linear layers, packs filled to `--max-tokens`, `--packs` a step.
-Each configuration (processes x threads) trains `--runs` times `--steps` steps, after one step that is not counted.
+Each configuration (processes x threads), in turns, trains `--runs` times `--steps` steps after one that is not counted.
 """
 
 from __future__ import annotations
@@ -127,17 +127,19 @@ def main() -> None:
     if args.rank is not None:
         process(args)
         return
-    cpus, losses = len(os.sched_getaffinity(0)), {}
-    for processes, threads in ((1, cpus), (cpus, 1)):
-        found = [run(sys.argv[1:], processes, threads) for _ in range(args.runs)]
-        rates = [args.packs * args.max_tokens / statistics.median(one["seconds"]) for one in found]
-        losses[processes] = found[0]["loss"]
+    cpus = len(os.sched_getaffinity(0))
+    found: dict[tuple[int, int], list[dict[str, list[float]]]] = {(1, cpus): [], (cpus, 1): []}
+    for _ in range(args.runs):
+        for configuration, runs in found.items():
+            runs.append(run(sys.argv[1:], *configuration))
+    for (processes, threads), runs in found.items():
+        rates = [args.packs * args.max_tokens / statistics.median(one["seconds"]) for one in runs]
         print(
             f"{processes} x {threads} threads: {statistics.median(rates):,.0f} tokens/s "
-            f"({min(rates):,.0f} to {max(rates):,.0f} in {args.runs} runs)",
-            flush=True,
+            f"({min(rates):,.0f} to {max(rates):,.0f} in {args.runs} runs)"
         )
-    apart = max(abs(a - b) / a for a, b in zip(losses[1], losses[cpus], strict=True))
+    one, several = (runs[0]["loss"] for runs in found.values())
+    apart = max(abs(a - b) / a for a, b in zip(one, several, strict=True))
     print(f"losses differ by at most {apart:.1e} of themselves")
 
 
