@@ -1,6 +1,6 @@
 """A bad network for tests: hosts in namespaces of their own, and between them a switch that loses and delays packets.
 
-Linux's netem would do the same, but it is a module that many kernels lack, and its losses cannot be repeated. Here every
+Linux's netem would do the same, but it is a module that many kernels lack, and its losses cannot be repeated. Here each
 host has a TUN device, and one thread carries IP packets between them as each host's `Link` says. TCP above it is the
 kernel's own, so retransmission, windows and time-outs are real ones.
 """
@@ -61,6 +61,7 @@ class Host:
     descriptor: int
     carried: int = 0
     dropped: int = 0
+    carried_bytes: int = 0
     free_at: float = 0.0
     """When the link has sent what it has taken."""
     last_due: float = 0.0
@@ -116,6 +117,7 @@ class Switch:
                 host.dropped += 1
                 return
             host.carried += 1
+            host.carried_bytes += len(packet)
             due = later
         heapq.heappush(self._waiting, (due, next(self._count), target.descriptor, packet))
 
