@@ -22,6 +22,7 @@ from cloister.accelerator.messages import MAX_FRAME_BYTES
 from cloister.errors import ProtocolError, TransportError
 
 _LENGTH_BYTES = 4
+_LOST = "see that it runs, then start this again"
 _MAX_WRITE = 1 << 20
 
 
@@ -113,7 +114,7 @@ class Wire:
         except OSError as exc:
             raise self._lost(exc, timeout_s) from exc
         if got == 0:
-            raise TransportError("closed the connection", where=self.peer)
+            raise TransportError("closed the connection", where=self.peer, hint=_LOST)
         return got
 
     def _receive_with_descriptor(self, view: memoryview) -> int:
@@ -134,8 +135,8 @@ class Wire:
 
     def _lost(self, exc: OSError, timeout_s: float | None) -> TransportError:
         if isinstance(exc, TimeoutError):
-            return TransportError(f"did not answer within {timeout_s:g} s", where=self.peer)
-        return TransportError("the connection was lost", where=self.peer)
+            return TransportError(f"did not answer within {timeout_s:g} s", where=self.peer, hint=_LOST)
+        return TransportError("the connection was lost", where=self.peer, hint=_LOST)
 
 
 def prepare_tcp(sock: socket.socket) -> None:

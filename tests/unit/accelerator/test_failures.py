@@ -99,6 +99,7 @@ def test_a_crash(tmp_path: Path, said: bytes) -> None:
     error = ask(tmp_path, lambda wire: wire.write([said], 5))
     assert isinstance(error, TransportError)
     assert "closed" in error.message or "lost" in error.message
+    assert "start" in error.hint
 
 
 @pytest.mark.parametrize("drips", [False, True])
@@ -117,6 +118,7 @@ def test_a_hang_ends_at_the_deadline(tmp_path: Path, drips: bool) -> None:
     error = ask(tmp_path, hang, timeout_s=0.5)
     assert isinstance(error, TransportError)
     assert "within 0.5 s" in error.message
+    assert error.hint
 
 
 @pytest.mark.parametrize("why", REFUSALS)
