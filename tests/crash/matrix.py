@@ -138,7 +138,7 @@ class Matrix:
         first = job.run()
         if first.fault:
             return self._judge(ground, job, first, "away", seed, [])
-        again = replace_job(job, points=(), times={}, away=frozenset())
+        again = replace_job(job)
         return self._judge(ground, again, again.run(), "away", seed, [first])
 
     def trouble(self, kind: Kind, seed: int) -> Result:
@@ -157,7 +157,10 @@ class Matrix:
                 trouble = Disk(folder / point.victim, kind, random.choice([0, 4096, random.randrange(1 << 16)]))
             ends.callback(trouble.remove)
             job = self._job(ground, name, points=[at_a_sight(point, ground.course)], trouble={point.victim: trouble})
-            return self._judge(ground, job, job.run(), kind, seed, [])
+            result = self._judge(ground, job, job.run(), kind, seed, [])
+        if result.outcome != "lost":
+            shutil.rmtree(folder, ignore_errors=True)  # what was mounted there is gone
+        return result
 
     def half_written(self, seed: int) -> Result:
         """Everything stops at some time; a file has lost its end. Where that is an error, the file is put back."""
@@ -170,13 +173,13 @@ class Matrix:
         path = random.choice(sorted(files))
         content = path.read_bytes()
         path.write_bytes(content[: random.randrange(len(content) + 1)])
-        cut = replace_job(job, until=float("inf"), away=frozenset({"nobody"}))
+        cut = replace_job(job, ends_at_error=True)
         ended = cut.run()
         kind = f"half-written {path.relative_to(job.folder)}"
         if not ended.errors:
             return self._judge(ground, cut, ended, kind, seed, [])
         path.write_bytes(content)
-        back = replace_job(job, until=float("inf"))
+        back = replace_job(job)
         return self._judge(ground, back, back.run(), kind, seed, [ended])
 
     def run_folder(self, seed: int) -> Result:
@@ -248,7 +251,6 @@ def at_a_sight(point: Point, course: Course) -> Point:
     return point if point.operation is None else replace(point, operation=None, time_s=course.seconds / 2)
 
 
-def replace_job(job: Job, **changes: object) -> Job:
-    """The same folder and job, begun again."""
-    values = {"deployment": job.deployment, "folder": job.folder, "sockets": job.sockets}
-    return Job(**(values | changes))  # type: ignore[arg-type]  # by name
+def replace_job(job: Job, *, ends_at_error: bool = False) -> Job:
+    """The same folder and job, begun again with nothing in its way."""
+    return Job(deployment=job.deployment, folder=job.folder, sockets=job.sockets, ends_at_error=ends_at_error)

@@ -90,6 +90,7 @@ class Job:
         sockets: a folder whose path is short, for the accelerators of method `slice`.
         trouble: by victim, what begins at its point instead of its death.
         away: parties that do not come, or do not come back.
+        ends_at_error: stop all roles when one has ended with an error that says what to do.
         accelerator: address of one that runs already, for all parties of method `slice`; otherwise each has its own.
         until: stop all roles at this time, in seconds from the start.
     """
@@ -102,6 +103,7 @@ class Job:
     record: bool = False
     trouble: Mapping[str, Trouble] = field(default_factory=dict)
     away: frozenset[str] = frozenset()
+    ends_at_error: bool = False
     accelerator: str = ""
     until: float = math.inf
 
@@ -152,7 +154,7 @@ class Job:
     def _supervise(self, began: float) -> str:
         while waited_for := [r.name for r in self._roles.values() if not (r.done or r.service or self._away(r))]:
             now = time.monotonic()
-            if now > began + self.until:
+            if now > began + self.until or (self.ends_at_error and self.errors):
                 return ""
             if now > began + TRIAL_S:
                 return f"no end after {TRIAL_S:.0f} s: {', '.join(waited_for)} still at work"
@@ -240,7 +242,7 @@ class Job:
         self.errors.append(error)
         if error.message.startswith("unexpected"):
             return f"{error}: {Path(error.where).read_text()[-1500:]}"
-        if error.code in _RESTARTED or self.trouble or self.away:
+        if error.code in _RESTARTED or self.trouble or self.away or self.ends_at_error:
             return "" if error.hint else f"no hint: {error}"
         return str(error)
 

@@ -43,7 +43,7 @@ class Clients:
     def query(self) -> None:
         """Ask and get an answer. Raises: RuntimeError: there is none."""
         command = self._generate()
-        code = command.wait(120.0)
+        code = command.wait(600.0)
         if code != 0:
             command.kill()
             raise RuntimeError(f"a query ended with {code}: {command.stdout}{command.stderr[-500:]}")
