@@ -40,12 +40,17 @@ class Pack:
     @cached_property
     def wanted(self) -> Layout:
         """The layout, with the tokens before targets as its queries."""
-        return replace(self.layout, query_N=self.target_pos_N.unique())
+        return replace(self.layout, query_N=self._predicting[0])
 
     @cached_property
     def wanted_N(self) -> Tensor:
         """Which of these queries stands before each target: branches share the last token of their root."""
-        return torch.searchsorted(self.wanted.query_N, self.target_pos_N)
+        return self._predicting[1]
+
+    @cached_property
+    def _predicting(self) -> tuple[Tensor, Tensor]:
+        query_N, which_N = torch.unique(self.target_pos_N, return_inverse=True)
+        return query_N, which_N
 
     def to(self, device: torch.device | str) -> Pack:
         if self.given.device == torch.device(device):

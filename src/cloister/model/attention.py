@@ -283,5 +283,5 @@ def _fitting(layout: Layout, query: Tensor, keys: int) -> Attention | None:
 def _rows(given: Tensor, index_S: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """(1, H, T, d) -> (K, H, L, d) for each bucket."""
     rows_SC = given[0].transpose(0, 1).flatten(1).index_select(0, index_S)
-    parts = rows_SC.split([shape.numel() for shape in shapes])
+    parts = torch.split(rows_SC, [shape.numel() for shape in shapes])
     return [part.view(*shape, given.shape[1], -1).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]

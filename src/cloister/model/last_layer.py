@@ -70,7 +70,12 @@ class LastLayer:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         hidden_1TD = given[self._names[0]]
         tokens = hidden_1TD.shape[1]
-        if query_N is None or len(query_N) > _WORTH * tokens or given.get(self._cache, self) is not None:
+        if (
+            query_N is None
+            or len(query_N) > _WORTH * tokens
+            or self._cache is None
+            or given.get(self._cache) is not None
+        ):
             return self._forward(*args, **kwargs)
         given[self._cache] = _KeysAndValues()
         with suppress(_Known):
