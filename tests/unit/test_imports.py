@@ -138,16 +138,13 @@ def test_reports_know_of_attestation_only_what_was_claimed() -> None:
 def test_only_the_channel_carries_bytes() -> None:
     """`grpc` is the one way out; a command may look whether a port answers, and a software TPM sits at a socket. What
     fetches the vendors' endorsements is for one command: nothing that verifies, and no role of a job, comes near it. An
-    accelerator has sockets of its own: it attests nothing, and what it is sent means nothing to whoever listens. Between
-    the processes of one enclave torch carries gradients; `group.py` touches its sockets only to let nobody else in."""
+    accelerator has sockets of its own: it attests nothing, and what it is sent means nothing to whoever listens.
+    Between the processes of one enclave torch carries gradients; `group.py` only lets nobody else into its sockets."""
     fetches, shuts = SOURCE / "attest" / "collateral.py", SOURCE / "enclave" / "group.py"
     assert {part(path) for path in FILES if "grpc" in OUTSIDE[path]} == {"channel"}
-    assert {part(path) for path in FILES if path not in (fetches, shuts) and OUTSIDE[path] & (_CONNECTIONS - {"grpc"})} <= {
-        "accelerator",
-        "cli",
-        "methods",
-        "tpm",
-    }
+    ways = _CONNECTIONS - {"grpc"}
+    connecting = {part(path) for path in FILES if path not in (fetches, shuts) and OUTSIDE[path] & ways}
+    assert connecting <= {"accelerator", "cli", "methods", "tpm"}
     users = [path for path in FILES if "cloister.attest.collateral" in imports(path)]
     assert names(users) == ["methods/attest.py"]
 

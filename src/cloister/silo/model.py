@@ -106,7 +106,8 @@ def open_model(
                 on_bytes=running.advance,
             )
         warnings += insecure(masking)
-        yield SiloModel(half=Whole(masked.model, all_tokens=True), verify=masked.verify, traffic=traffic, warnings=warnings)
+        half = Whole(masked.model, all_tokens=True)
+        yield SiloModel(half=half, verify=masked.verify, traffic=traffic, warnings=warnings)
 
 
 def _check_count(masking: MaskingSection) -> None:
