@@ -15,6 +15,7 @@ tests.crash.clock.install()  # before anything else takes `time.time`
 
 import argparse  # noqa: E402
 import functools  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -34,9 +35,10 @@ _OTHERS = ("away", "half-written", "run folder", *get_args(Kind))
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=100, help="trials that kill a role")
+    parser.add_argument("--trials", type=int, default=100, help="how many seeds")
     parser.add_argument("--seed", type=int, default=1, help="of the first trial; the next has the next number")
-    parser.add_argument("--only", choices=("split", "slice", "others", *_OTHERS), help="one kind of trial")
+    kinds = ("split", "slice", "others", *_OTHERS)
+    parser.add_argument("--only", choices=kinds, nargs="+", default=[], help="of each seed a trial of these kinds")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after this time")
     parser.add_argument("--append", type=Path, metavar="FILE", help="add to the trials in this file")
     parser.add_argument("--folder", type=Path, help="where trials are run; those that were lost stay there")
@@ -61,24 +63,22 @@ def main() -> int:
     return 1 if summary["lost"] else 0
 
 
-def _trials(matrix: Matrix, seed: int, count: int, only: str | None) -> Iterator[Callable[[], Result]]:
+def _trials(matrix: Matrix, seed: int, count: int, only: list[str]) -> Iterator[Callable[[], Result]]:
+    others = itertools.cycle(_OTHERS)
     for number in range(seed, seed + count):
-        if only in (None, "split", "slice"):
-            yield functools.partial(_kill, matrix, only, number)
-        if only in ("split", "slice") or (only is None and number % 5):
-            continue
-        chosen = [kind for kind in _OTHERS if kind == only] or _OTHERS
-        other = chosen[(number if only else number // 5) % len(chosen)]
-        if other.endswith("disk") and not can_mount():
-            print(f"skipped: {other}: only root on Linux can mount a disk of its own", file=sys.stderr)
-        else:
-            yield functools.partial(_other, matrix, other, number)
+        usual = ["slice" if number % 4 == 0 else "split", *(["others"] if number % 5 == 0 else [])]
+        for kind in only or usual:
+            chosen = next(others) if kind == "others" else kind
+            if chosen.endswith("disk") and not can_mount():
+                print(f"skipped: {chosen}: only root on Linux can mount a disk of its own", file=sys.stderr)
+            else:
+                yield functools.partial(_trial, matrix, chosen, number)
 
 
-def _kill(matrix: Matrix, only: str | None, number: int) -> Result:
-    if only is None and number % 4 == 0:
-        return matrix.kill("slice", number // 4)
-    return matrix.kill("slice" if only == "slice" else "split", number)
+def _trial(matrix: Matrix, kind: str, seed: int) -> Result:
+    if kind == "split" or kind == "slice":
+        return matrix.kill(kind, seed)
+    return _other(matrix, kind, seed)
 
 
 def _other(matrix: Matrix, kind: str, seed: int) -> Result:

@@ -91,6 +91,7 @@ class Matrix:
         self._folder = folder
         # A socket's path is short. No TemporaryDirectory: every fork would remove it at its end.
         self._sockets = Path(tempfile.mkdtemp(prefix="cc-", dir="/tmp"))
+        self._deployments: dict[Method, Deployment] = {}
         self._grounds: dict[Method, Ground] = {}
 
     def __enter__(self) -> Matrix:
@@ -99,10 +100,16 @@ class Matrix:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._sockets, ignore_errors=True)
 
+    def deployment(self, method: Method) -> Deployment:
+        """Made when it is first asked for."""
+        if method not in self._deployments:
+            self._deployments[method] = make_deployment(method, self._folder / f"{method}-job")
+        return self._deployments[method]
+
     def ground(self, method: Method) -> Ground:
         """Made when it is first asked for. Raises: RuntimeError: the undisturbed run fails."""
         if method not in self._grounds:
-            deployment = make_deployment(method, self._folder / f"{method}-job")
+            deployment = self.deployment(method)
             job = Job(deployment=deployment, folder=self._folder / method, sockets=self._sockets, record=True)
             ended = job.run()
             wanted = adapters(job)
@@ -185,7 +192,7 @@ class Matrix:
     def run_folder(self, seed: int) -> Result:
         """`cloister run` dies while it makes its folder, up to three times; then it must go on with what is there."""
         random = Random(f"run folder {seed}")  # noqa: S311
-        deployment = self.ground("split").deployment
+        deployment = self.deployment("split")
         out, record = self._folder / f"run-{seed}", self._folder / f"run-{seed}.operations"
         claim = functools.partial(_claim, deployment.own_job, out)
         if in_child(claim, record_operations(out, record)) != 0:
