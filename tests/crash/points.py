@@ -22,7 +22,7 @@ _ENCLAVE = (
     ("upload", r"\w+ bundles/|says waiting for parties"),
     ("mid-step", r"says (training|rounds|scoring)"),
     ("release", r"says handing out"),
-    ("receipt", r"\w+ finished"),
+    ("receipt", r"\w+ enclave.json"),
     ("start", r".*"),
 )
 _PARTY = (

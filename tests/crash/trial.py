@@ -29,7 +29,7 @@ SHORT_TIMES: dict[str, object] = {
     "cloister.enclave.server.LEAVE_TIMEOUT_S": 8.0,
     "cloister.enclave.server.TELL_TIMEOUT_S": 2.0,
     "cloister.party.client.COUNTERSIGN_WAIT_S": 6.0,
-    "cloister.party.taking_part.RECONNECT_S": 12.0,
+    "cloister.party.taking_part.RECONNECT_S": 60.0,
     "cloister.progress._INTERVAL_S": 0.0,
 }
 """Waits that a trial cannot sit out. Which comes first stays as it is."""

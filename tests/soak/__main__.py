@@ -81,7 +81,10 @@ class Serving:
         """Interrupt them; returns their exit codes."""
         for process in self.processes.values():
             process.send_signal(signal.SIGINT)
-        return {name: process.wait(60.0) for name, process in self.processes.items()}
+        try:
+            return {name: process.wait(120.0) for name, process in self.processes.items()}
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError("an interrupted process does not end") from error
 
     def _start(self, name: str, *arguments: object) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.stdout").open("wb") as out, (self._folder / f"{name}.stderr").open("wb") as err:
@@ -229,6 +232,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="cloister-soak-"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
     import_everything()
     soak, fault = Soak(folder, options.seed), ""
     try:

@@ -55,7 +55,7 @@ def seal_party(
     """Make the party's bundles, or take up finished ones of the same job from an earlier start.
 
     Args:
-        signed: the party has signed a manifest with these bundles: others would not do.
+        signed: these bundles have been sent, or a manifest with them signed: others would not do.
 
     Raises:
         DataError, ModelError: the party's data or model are wrong, or signed bundles are damaged.
@@ -69,7 +69,7 @@ def seal_party(
         return finished
     if signed:
         raise DataError(
-            "the bundles that this party has agreed to train on are damaged, or its data have changed",
+            "the bundles that this party has sent or agreed to train on are damaged, or its data have changed",
             where=str(folder),
             hint="restore the folder and the data as they were; for other data make another job",
         )

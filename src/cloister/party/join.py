@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cloister.agreement.job import OpenJob
 from cloister.channel.client import upload
 from cloister.channel.rpc import Session
+from cloister.crypto.sealing import write_durably
 from cloister.model.anatomy import load_model, load_tokenizer, pick_device
 from cloister.model.cut import Former
 from cloister.party.bundles import SealedParty, seal_party
@@ -31,6 +32,8 @@ from cloister.party.taking_part import (
 from cloister.progress import Progress, Task, task
 from cloister.report.outputs import JoinReport
 
+SENT = "sent"
+"""In OUT once an enclave may have a bundle: it takes each but once."""
 _QUOTA_SHARE = 10
 """Samples are made only if they use up at most this fraction (1/10) of the party's quota."""
 
@@ -57,7 +60,7 @@ def join_split(entering: Entering, *, progress: Progress, samples: int = 0) -> J
         out / "bundles",
         device=device,
         progress=progress,
-        signed=client.memory.exists(),
+        signed=client.memory.exists() or (out / SENT).exists(),
     )
     timing["former layers"] = time.monotonic() - started
     counter = Counter()
@@ -95,7 +98,7 @@ def _take_part(
                 results = client.take_part(
                     session,
                     sealed,
-                    upload=functools.partial(_upload, entering.enclave, sealed, counter, timing, progress),
+                    upload=functools.partial(_upload, entering, sealed, counter, timing, progress),
                     on_missing=lambda names: waiting.set(0.0, note=", ".join(names)),
                     on_event=lambda event: show_event(training.set, event),
                     keep=functools.partial(keep_results, entering.out),
@@ -109,11 +112,14 @@ def _take_part(
     return results
 
 
-def _upload(enclave: str, sealed: SealedParty, counter: Counter, timing: dict[str, float], progress: Progress) -> None:
+def _upload(
+    entering: Entering, sealed: SealedParty, counter: Counter, timing: dict[str, float], progress: Progress
+) -> None:
     begun = time.monotonic()
+    write_durably(entering.out / SENT)
     for kind, bundle in sealed.bundles.items():
         with task(progress, f"sending {kind}", total=bundle.path.stat().st_size, unit="bytes") as sending:
-            counter.up += upload(enclave, bundle.path, functools.partial(_sent, sending))
+            counter.up += upload(entering.enclave, bundle.path, functools.partial(_sent, sending))
     timing["upload"] = time.monotonic() - begun
 
 

@@ -162,7 +162,7 @@ def test_bundles_that_were_agreed_on_are_never_replaced(job: ResolvedJob, folder
     assert seal_party(job, "north", KEYS["north"], folder, **call).records["train"] == 36
     (folder / "counts.json").write_bytes(b"{")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(DataError, match="agreed to train on") as error:
+    with pytest.raises(DataError, match="sent or agreed to train on") as error:
         seal_party(job, "north", KEYS["north"], folder, **call)
     assert "restore" in error.value.hint
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
