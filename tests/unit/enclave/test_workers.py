@@ -131,6 +131,8 @@ class Seen:
     readable: list[bytes] = dataclasses.field(default_factory=list)
     """Command lines, environments, files that are open, anonymous memory."""
     memories: int = 0
+    before: set[tuple[str, int]] = dataclasses.field(default_factory=lambda: set(_listening(psutil.Process())))
+    """Ports of other tests in this process."""
     listening: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     connected: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     """To which of these a stranger could connect."""
@@ -155,15 +157,19 @@ class Seen:
         self._ports(psutil.Process())
 
     def _ports(self, process: psutil.Process) -> None:
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                address = connection.laddr.ip, connection.laddr.port
+        for address in _listening(process):
+            if address not in self.before:
                 self.listening.append(address)
                 try:
                     socket.create_connection(address, timeout=0.5).close()
                 except OSError:
                     continue
                 self.connected.append(address)
+
+
+def _listening(process: psutil.Process) -> list[tuple[str, int]]:
+    found = process.net_connections("inet")
+    return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
 
 
 @pytest.fixture(scope="module")

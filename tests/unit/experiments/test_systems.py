@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from experiments import __main__ as main
 from experiments import report, run, systems
 from experiments.cells import Cell, Outcome
@@ -25,11 +24,6 @@ from cloister.training.loop import PackList, train
 
 BUDGET = Budget(steps=10, batch_tokens=64, rounds=2, seeds=(1, 2), examples=3, tuned=True, rates=RATES)
 CUT = 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def cell(name: str, base: Job, **changes: Any) -> Cell:
