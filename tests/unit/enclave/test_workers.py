@@ -106,6 +106,11 @@ def play(
     return found
 
 
+def workers_of_this() -> list[psutil.Process]:
+    """torchrun and the processes that it started; other tests leave multiprocessing's tracker to this process."""
+    return [p for p in psutil.Process().children(recursive=True) if "cloister.enclave." in " ".join(p.cmdline())]
+
+
 def left_behind() -> set[str]:
     """Private folders; other jobs on this machine may have some."""
     return {path.name for path in MEMORY.glob("cloister-*")}
@@ -140,7 +145,7 @@ class Seen:
     """Of the private folder."""
 
     def look(self, keys: list[bytes]) -> None:
-        for process in psutil.Process().children(recursive=True):
+        for process in workers_of_this():
             self.commands.append(process.cmdline())
             proc = Path(f"/proc/{process.pid}")
             self.readable += [(proc / name).read_bytes() for name in ("cmdline", "environ")]
@@ -217,7 +222,7 @@ def test_the_folder_is_private_and_goes(two: tuple[Played, Seen, set[str]]) -> N
     _, seen, left = two
     assert seen.modes == {0o700}
     assert left == set()
-    assert psutil.Process().children(recursive=True) == []
+    assert workers_of_this() == []
 
 
 def test_parted_layers_go_on_from_the_checkpoint_of_one_process(alone: Played, tmp_path: Path, model: Path) -> None:
@@ -241,7 +246,7 @@ def test_a_process_that_dies_fails_the_job_and_is_named(tmp_path: Path, model: P
 
     def kill(step: int, keys: list[bytes]) -> None:
         if step == 2:
-            found = [p for p in psutil.Process().children(recursive=True) if "cloister.enclave.worker" in p.cmdline()]
+            found = [p for p in workers_of_this() if "cloister.enclave.worker" in p.cmdline()]
             assert len(found) == 1
             os.kill(found[0].pid, signal.SIGKILL)
 
@@ -250,7 +255,7 @@ def test_a_process_that_dies_fails_the_job_and_is_named(tmp_path: Path, model: P
     assert str(died.error) == "enclave process 1: process 1 of 2 was ended by signal 9"
     assert died.outcome is None
     assert left_behind() - before == set()
-    assert psutil.Process().children(recursive=True) == []
+    assert workers_of_this() == []
 
 
 def test_more_processes_than_packs_are_refused(tmp_path: Path, model: Path) -> None:
