@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -57,7 +59,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     """A random model, the same at each call; weights are large enough for attention to matter."""
     attention.install()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(6.0)
