@@ -16,7 +16,7 @@ from cloister.errors import TransportError, VerificationError
 from cloister.masking.counters import TpmCounter, counter_name
 from cloister.masking.store import open_store
 from cloister.masking.store_keys import TpmStoreKey
-from cloister.report.outputs import PadsReport
+from cloister.report.plan import PadsReport
 from tests.integration.tiny_job import records, write_lines, write_model
 from tests.tpm.conftest import Swtpm
 from tests.unit.masking.small import GROUPS, JOB_ID, WEIGHTS_ID, Chip, make_store, used_store

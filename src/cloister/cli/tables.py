@@ -10,26 +10,26 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cloister.report.model import ALL, Attestation, Output, RunReport, Scored
-from cloister.report.outputs import (
+from cloister.report.attest import (
     AttestCollectReport,
     AttestEnrolReport,
     AttestEnrolStepReport,
     AttestFetchReport,
     AttestShowReport,
     AttestVerifyReport,
+)
+from cloister.report.model import ALL, Attestation, Output, RunReport, Scored
+from cloister.report.outputs import (
     CompareReport,
     DoctorReport,
     EvaluateReport,
     ExportReport,
     GenerateReport,
-    MaskingPlan,
-    PadsReport,
-    PlanReport,
     SignReport,
     SliceTerms,
     VerifyReport,
 )
+from cloister.report.plan import MaskingPlan, PadsReport, PlanReport
 from cloister.report.terminal import alarm, compare_view, run_view
 
 _STATUS = {"ok": "green", "warn": "yellow", "fail": "red", "failed": "bold red", "skipped": "yellow"}

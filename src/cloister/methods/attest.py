@@ -22,7 +22,7 @@ from cloister.attest.unverified import describe
 from cloister.attest.vendor_files import MAX_FILE_BYTES, Files, read_envelope, read_vendor
 from cloister.attest.verify import inspect
 from cloister.errors import UsageError, VerificationError
-from cloister.report.outputs import (
+from cloister.report.attest import (
     AttestCheck,
     AttestCollectReport,
     AttestFetchReport,

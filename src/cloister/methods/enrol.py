@@ -17,7 +17,7 @@ from cloister.attest import enrol_files
 from cloister.attest.enrol import Enrolment, answer, challenge, enrol, identity
 from cloister.errors import UsageError, VerificationError
 from cloister.methods.attest import read_file, write_new
-from cloister.report.outputs import AttestEnrolReport, AttestEnrolStepReport
+from cloister.report.attest import AttestEnrolReport, AttestEnrolStepReport
 from cloister.tpm.commands import Tpm
 
 _T = TypeVar("_T")

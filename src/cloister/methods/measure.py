@@ -16,7 +16,7 @@ from cloister.attest.measure.tpm import BOOT_PHASES, measure_tpm
 from cloister.attest.measure.uki import Uki, parse_uki
 from cloister.attest.workload import workload_register
 from cloister.errors import UsageError
-from cloister.report.outputs import MeasureReport
+from cloister.report.attest import MeasureReport
 
 MAX_IMAGE_BYTES = 8 << 30
 MAX_CONFIG_BYTES = 64 << 20

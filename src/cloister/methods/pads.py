@@ -21,7 +21,7 @@ from cloister.masking.store import StoreMaker
 from cloister.masking.stream import stream_weights
 from cloister.model.anatomy import load_tokenizer
 from cloister.progress import Progress, Task, task
-from cloister.report.outputs import PadsReport
+from cloister.report.plan import PadsReport
 from cloister.silo.budget import party_budget
 from cloister.silo.keeper import find_keeper
 

@@ -33,7 +33,7 @@ from cloister.methods.plan_slice import SlicePlan, describe_party, plan_slice
 from cloister.model.anatomy import DTYPES, load_tokenizer
 from cloister.progress import Progress, task
 from cloister.report.model import Party, Records, Truncated
-from cloister.report.outputs import PlanReport, RolePlan
+from cloister.report.plan import PlanReport, RolePlan
 
 _SAMPLE = 400
 """Records of a file that are tokenised: the mean length is then known to about 5 per cent."""

@@ -36,7 +36,7 @@ from cloister.model.cut import Whole
 from cloister.model.hollow import hollow_model
 from cloister.progress import Progress, task
 from cloister.report.model import Party, Records, Truncated
-from cloister.report.outputs import MaskingPlan, PartyPads, RolePlan
+from cloister.report.plan import MaskingPlan, PartyPads, RolePlan
 from cloister.silo.budget import party_budget, party_work, rows_at_start
 from cloister.silo.model import IN_FLIGHT, insecure
 from cloister.training.loop import PackList

@@ -6,6 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
+from cloister.report.attest import (
+    AttestCollectReport,
+    AttestEnrolReport,
+    AttestEnrolStepReport,
+    AttestFetchReport,
+    AttestShowReport,
+    AttestVerifyReport,
+    MeasureReport,
+)
 from cloister.report.bench import BenchSliceReport, BenchSplitReport
 from cloister.report.model import (
     Attestation,
@@ -15,7 +24,6 @@ from cloister.report.model import (
     Masking,
     Output,
     Part,
-    Party,
     PartyFit,
     ReceiptRef,
     Records,
@@ -30,6 +38,7 @@ from cloister.report.model import (
     Versioned,
     WireBytes,
 )
+from cloister.report.plan import PadsReport, PlanReport
 
 
 class JoinReport(Versioned):
@@ -124,100 +133,6 @@ class CompareReport(Versioned):
     warnings: list[str] = Field(default_factory=list)
 
 
-class PadsReport(Versioned):
-    """`cloister pads`: a store of pads is complete."""
-
-    job_id: Sha256
-    party: str
-    path: str
-    kept_by: str
-    """What seals the store and counts its uses: "tpm", or "simulated"."""
-    insecure: bool
-    """Whoever copies the disk can use pads twice."""
-    rows: Count
-    """Of all streams."""
-    streams: Count
-    """Groups of layers times directions."""
-    disk_bytes: Count
-    multiply_adds: Count
-    continued: bool
-    """A run that was cut was continued, or the store was complete already."""
-    given_up: str
-    """Why pads that were here were given up; empty if there were none."""
-    seconds: Seconds
-    warnings: list[str] = Field(default_factory=list)
-
-
-class RolePlan(Part):
-    """What one process will need."""
-
-    role: Literal["party", "accelerator", "enclave"]
-    """With method `slice` "party" is the party's enclave, and an accelerator serves all parties."""
-    name: str
-    memory_bytes: Count
-    disk_bytes: Count
-    bytes_up: Count
-    bytes_down: Count
-    seconds: Seconds | None
-    """null where nothing was measured to estimate it from."""
-
-
-class PartyPads(Part):
-    """What one party's enclave asks of accelerators in a job that nothing interrupts."""
-
-    party: str
-    steps: Count
-    tokens: Count
-    """Trained on, over all epochs."""
-    rows: Count
-    """Of pads, over all layers and both directions."""
-    disk_bytes: Count
-    """Of their sealed products, one round's more included; 0 unless they are precomputed."""
-    pad_seconds: Seconds
-    """To compute them on this machine; 0 unless they are precomputed."""
-    bytes_up: Count
-    """Masked values to an accelerator, scoring included."""
-    bytes_down: Count
-    """Products, from each accelerator."""
-
-
-class MaskingPlan(Part):
-    """Method `slice`: rounds, pads, and what they do not protect."""
-
-    rounds: Annotated[int, Field(ge=1)]
-    pads: Literal["precomputed", "dual", "none"]
-    bits: Literal[8, 16]
-    checked: bool
-    parties: list[PartyPads]
-    bytes_per_token: dict[Literal["up", "down"], Count]
-    """Between a party's enclave and its accelerators for each trained token, scoring included."""
-    insecure: list[str]
-    """What the masking does not protect, in words."""
-
-
-class PlanReport(Versioned):
-    """`cloister plan`: a dry run."""
-
-    job_id: Sha256
-    job_name: str
-    method: str
-    architecture: str
-    parameters: Count
-    trainable_parameters: Count
-    layers: Count
-    former_layers: Count
-    hidden_size: Count
-    activation_dtype: str
-    steps: Count
-    tokens_per_step: Count
-    parties: list[Party]
-    roles: list[RolePlan]
-    timing: dict[str, Seconds] = Field(default_factory=dict)
-    masking: MaskingPlan | None = None
-    """Method `slice`."""
-    warnings: list[str] = Field(default_factory=list)
-
-
 class DoctorCheck(Part):
     """One look at the machine."""
 
@@ -274,120 +189,6 @@ class VerifyReport(Versioned):
     signers: list[Signer]
     checks: list[VerifyCheck]
     warnings: list[str] = Field(default_factory=list)
-
-
-class AttestCheck(Part):
-    """One numbered step of a verification of evidence."""
-
-    n: Annotated[int, Field(ge=1)]
-    name: str
-    passed: bool
-    reason: str
-    """What holds, or why it does not."""
-
-
-class AttestVerifyReport(Versioned):
-    """`cloister attest verify`: every step up to the end, or to the one that refused."""
-
-    accepted: bool
-    type: str
-    """Of the evidence; empty where not even that could be read."""
-    hardware: bool
-    """It was accepted, and a hardware root of trust signed it."""
-    checks: list[AttestCheck]
-    claims: dict[str, Any]  # Any: JSON
-    """What may be relied on, see `attest.claims.Claims`; empty if it was refused."""
-    error_code: str | None
-    """The code of the check that refused; null if it was accepted."""
-
-
-class RegisterDiff(Part):
-    """A register of a reference value beside that of the evidence, hex."""
-
-    name: str
-    expected: str
-    found: str | None
-    """null: the evidence has no such register."""
-    equal: bool
-
-
-class MeasurementDiff(Part):
-    """A reference value of the policy, compared with evidence."""
-
-    label: str
-    type: str
-    matches: bool
-    registers: list[RegisterDiff]
-
-
-class AttestShowReport(Versioned):
-    """`cloister attest show`: what evidence says about itself. NOTHING in it was verified."""
-
-    verified: Literal[False] = False
-    path: str
-    type: str
-    report_data: str
-    """Hex; what it is bound to."""
-    registers: dict[str, str]
-    """Measurements, hex."""
-    details: dict[str, str]
-    """What else it says, in words."""
-    sizes: dict[str, Count]
-    """Bytes of its parts."""
-    devices: list[str] = Field(default_factory=list)
-    """Types of the evidence of accelerators inside."""
-    measurements: list[MeasurementDiff] = Field(default_factory=list)
-    """The policy's, where one was given."""
-
-
-class AttestCollectReport(Versioned):
-    """`cloister attest collect`: evidence of this machine, written to a file."""
-
-    path: str
-    type: str
-    attester: str
-    """What was found here."""
-    report_data: str
-    """Hex; what the evidence is bound to."""
-    bytes: Count
-
-
-class AttestFetchReport(Versioned):
-    """`cloister attest fetch`: a vendor's endorsements, written to a file."""
-
-    path: str
-    type: str
-    """Of the evidence that they are for."""
-    embedded: bool
-    """The file is the evidence with the endorsements inside, not the endorsements alone."""
-    sources: list[str]
-    """Addresses that were asked, or the cache that had the answer."""
-    bytes: Count
-
-
-class AttestEnrolReport(Versioned):
-    """`cloister attest enrol`: a TPM's attestation key that has completed credential activation."""
-
-    attestation_key: str
-    """Its TPM name, hex, for `attestation_keys` in [tpm] of a policy."""
-    endorsement_key: str
-    """SHA-256 of the endorsement key's public half, hex: compare it with what the machine's maker or owner says."""
-    endorsed: bool
-    """A manufacturer that was named vouches for the TPM."""
-    tpm: str | None
-    """Its address; none where its answer came in a file."""
-    policy: str
-    """The table for a policy file, TOML."""
-
-
-class AttestEnrolStepReport(Versioned):
-    """`cloister attest enrol request`, `challenge` and `answer`: a step of an enrolment across machines."""
-
-    step: Literal["request", "challenge", "answer"]
-    path: str
-    """The file for the other machine."""
-    next: str
-    """What to do with it."""
 
 
 class PartyFingerprint(Part):
@@ -494,25 +295,6 @@ class ExportReport(Versioned):
     adapter_sha256: Sha256
     files: list[ExportedFile]
     warnings: list[str] = Field(default_factory=list)
-
-
-class MeasureReport(Versioned):
-    """`cloister attest measure`: reference values of an image."""
-
-    image: str
-    type: str
-    """Of evidence."""
-    label: str
-    registers: dict[str, str]
-    """What was computed: register name to hex."""
-    missing: dict[str, str]
-    """Registers that the image does not determine, with the reason. Without them the others prove nothing."""
-    notes: list[str]
-    """What the values assume."""
-    table: str
-    """The [[measurement]] table of a policy; it does not load while registers are missing."""
-    policy: str
-    """A whole policy with that table."""
 
 
 class ErrorDetail(Part):

@@ -13,7 +13,8 @@ import pytest
 from cloister.attest.backends.simulated import InsecureSimulatedAttester, measure_source
 from cloister.attest.evidence import Evidence
 from cloister.cli import main
-from cloister.report.outputs import AttestCollectReport, AttestShowReport, AttestVerifyReport, ErrorReport
+from cloister.report.attest import AttestCollectReport, AttestShowReport, AttestVerifyReport
+from cloister.report.outputs import ErrorReport
 from tests.evidence import EVIDENCE, needs_evidence
 
 NOW = 1_800_000_000

@@ -17,7 +17,8 @@ from cloister.jobfile import load_job
 from cloister.masking.store import open_store
 from cloister.masking.stream import stream_weights
 from cloister.progress import Silent
-from cloister.report.outputs import ErrorReport, PadsReport
+from cloister.report.outputs import ErrorReport
+from cloister.report.plan import PadsReport
 from cloister.silo.keeper import find_keeper, policy_pcrs
 from tests.integration.tiny_job import records, write_lines, write_model
 

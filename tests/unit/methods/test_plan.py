@@ -21,7 +21,7 @@ from cloister.methods.estimate import ModelSize, PartCount
 from cloister.model import attention
 from cloister.model.cut import Former, Latter
 from cloister.progress import Silent
-from cloister.report.outputs import PlanReport
+from cloister.report.plan import PlanReport
 from tests.unit.data.tiny_tokenizers import tiny_tokenizer
 
 HIDDEN, LAYERS, CUT, MAX_TOKENS = 64, 4, 1, 128

@@ -18,7 +18,7 @@ from cloister.methods import estimate, plan
 from cloister.model.anatomy import load_model, load_tokenizer
 from cloister.model.cut import Whole
 from cloister.progress import Silent
-from cloister.report.outputs import PlanReport
+from cloister.report.plan import PlanReport
 from cloister.silo.budget import party_budget
 from tests.integration.tiny_job import SECTIONS, records, write_lines, write_model
 
