@@ -21,7 +21,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.unit.masking.local import LocalAccelerator
-from tests.unit.silo.small import as_update
 
 from cloister.data.prepare import PartyData, prepare
 from cloister.evaluation.compare import compare_scores
@@ -75,7 +74,9 @@ def rounds(name: str, folder: Path, job: Job, data: dict[str, PartyData]) -> dic
     while state.round < job.federation.rounds:
         began = time.monotonic()
         results = {party: work.train(state.round, state.weights, state.moments) for party, work in works.items()}
-        state = aggregate([as_update(p, state, r, job) for p, r in results.items()], state, job.federation)
+        state = aggregate(
+            [r.as_update(p, state.round, job.federation) for p, r in results.items()], state, job.federation
+        )
         loss = sum(r.loss * r.tokens for r in results.values()) / sum(r.tokens for r in results.values())
         print(f"{name}: round {state.round}, loss {loss:.4f}, {time.monotonic() - began:.0f} s", file=sys.stderr)
     scored = {party: work.score(state.weights, lambda tokens: None) for party, work in works.items()}

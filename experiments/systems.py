@@ -19,9 +19,8 @@ from cloister.data.activations import Schema, decode_pack, encode_pack
 from cloister.data.packing import Pack
 from cloister.data.prepare import Part, PartyData, prepare
 from cloister.evaluation.scores import Scores, score
-from cloister.federation.aggregate import aggregate, keeps_no_moments
+from cloister.federation.aggregate import aggregate
 from cloister.federation.state import GlobalState
-from cloister.federation.update import PartyUpdate
 from cloister.job import (
     AdapterSection,
     FederationSection,
@@ -34,7 +33,7 @@ from cloister.job import (
 from cloister.jobfile import parse_job, render_job
 from cloister.model.anatomy import DTYPES, load_model, load_tokenizer
 from cloister.model.cut import Former, Latter, Whole
-from cloister.silo.work import LocalResult, SiloWork
+from cloister.silo.work import SiloWork
 from cloister.training.first_step import first_step
 from cloister.training.loop import PackList, PackSource, snapshot, train
 from experiments.cells import Cell, Outcome
@@ -140,7 +139,8 @@ def _rounds(cell: Cell, data: Mapping[str, PartyData], parts: Parts) -> Outcome:
     state, steps, tokens, losses = GlobalState(round=0, weights=snapshot(adapted)), 0, 0, []
     while state.round < job.federation.rounds:
         results = {party: work.train(state.round, state.weights, state.moments) for party, work in works.items()}
-        state = aggregate([_update(p, state, r, job) for p, r in results.items()], state, job.federation)
+        updates = [result.as_update(party, state.round, job.federation) for party, result in results.items()]
+        state = aggregate(updates, state, job.federation)
         tokens += sum(r.tokens for r in results.values())
         steps += max(r.steps for r in results.values())
         losses.append(sum(r.loss * r.tokens for r in results.values()) / sum(r.tokens for r in results.values()))
@@ -149,17 +149,6 @@ def _rounds(cell: Cell, data: Mapping[str, PartyData], parts: Parts) -> Outcome:
         with work.tuned(state.weights):
             scores |= _score(halves[party], PackList, {party: parts[party]})
     return Outcome(scores=scores, steps=steps, tokens=tokens, trained_parameters=_trained(adapted), train_loss=losses)
-
-
-def _update(party: str, state: GlobalState, result: LocalResult, job: Job) -> PartyUpdate:
-    return PartyUpdate(
-        party=party,
-        round=state.round + 1,
-        tokens=result.tokens,
-        loss=result.loss,
-        weights=result.weights,
-        moments={} if keeps_no_moments(job.federation) else result.moments,
-    )
 
 
 def _crossing(former: Former, job: Job, wire: str | None) -> Source:

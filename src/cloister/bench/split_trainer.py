@@ -12,17 +12,17 @@ What it does that Cloister's own loop does not: logits, in float32 too, of all p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from cloister.adapters.wrap import wrap
 from cloister.data.packing import Pack
 from cloister.job import AdapterSection, TrainingSection
 
@@ -38,14 +38,7 @@ def add_peft_lora(model: PreTrainedModel, section: AdapterSection, seed: int) ->
         lora_dropout=section.dropout,
         target_modules=section.target_modules,
     )
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; nothing depends on it here.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapted = get_peft_model(model, config)
-    if not isinstance(adapted, PeftModel):
-        raise TypeError("PEFT returned a mixed model")
-    return adapted
+    return wrap(model, config, seed)
 
 
 def rows_of(packs: Sequence[Pack]) -> dict[str, Tensor]:

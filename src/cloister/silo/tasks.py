@@ -11,9 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from cloister.crypto.encoding import Fields, encode
 from cloister.errors import AcceleratorError, ProtocolError, TransportError
-from cloister.federation.aggregate import keeps_no_moments
 from cloister.federation.state import GlobalState
-from cloister.federation.update import PartyUpdate
 from cloister.job import Job
 from cloister.party.follower import WAIT_MS, Requests
 from cloister.progress import Progress, Task, task
@@ -144,15 +142,7 @@ class Worker:
                 state.moments,
                 on_step=functools.partial(self._on_step, running),
             )
-        update = PartyUpdate(
-            party=self._party,
-            round=state.round + 1,
-            tokens=result.tokens,
-            loss=result.loss,
-            weights=result.weights,
-            moments={} if keeps_no_moments(self._job.federation) else result.moments,
-        )
-        return update.to_bytes()
+        return result.as_update(self._party, state.round, self._job.federation).to_bytes()
 
     def _on_step(self, running: Task, done: int, total: int, loss: float) -> None:
         running.set(done, total=total, note=f"loss {loss:.3f}")

@@ -20,8 +20,10 @@ from cloister.adapters.state import load_adapter_weights
 from cloister.data.prepare import PartyData
 from cloister.errors import DataError
 from cloister.evaluation.scores import Scores, score
+from cloister.federation.aggregate import keeps_no_moments
 from cloister.federation.names import is_frozen
-from cloister.job import Job
+from cloister.federation.update import PartyUpdate
+from cloister.job import FederationSection, Job
 from cloister.model.cut import Whole
 from cloister.training.loop import PackList, Stepper, snapshot
 from cloister.training.schedule import learning_rate, plan_steps
@@ -41,6 +43,17 @@ class LocalResult:
     """Mean over the round's steps, nats per target."""
     grad_norm: float
     """The same, before clipping."""
+
+    def as_update(self, party: str, after: int, federation: FederationSection) -> PartyUpdate:
+        """What `party` sends of it; `after`: number of the round that it began from."""
+        return PartyUpdate(
+            party=party,
+            round=after + 1,
+            tokens=self.tokens,
+            loss=self.loss,
+            weights=self.weights,
+            moments={} if keeps_no_moments(federation) else self.moments,
+        )
 
 
 class SiloWork:

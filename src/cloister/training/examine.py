@@ -49,9 +49,6 @@ def examine(
 
 
 def _fill(order: Sequence[int], tokens: Sequence[int], room: int) -> list[int]:
-    chosen = list(order[:1])
-    for index in order[1:]:
-        if sum(tokens[i] for i in chosen) + tokens[index] > room:
-            break
-        chosen.append(index)
-    return chosen
+    """The first of `order`, and those after it that there is room for."""
+    upto = np.cumsum([tokens[index] for index in order])
+    return list(order[: max(1, int(np.searchsorted(upto, room, side="right")))])

@@ -12,12 +12,11 @@ from cloister.adapters.state import adapter_state
 from cloister.data.packing import Pack
 from cloister.data.prepare import Part, PartyData
 from cloister.data.tokens import RESPONSE, Example, Truncation
-from cloister.federation.aggregate import aggregate, keeps_no_moments
+from cloister.federation.aggregate import aggregate
 from cloister.federation.state import GlobalState
-from cloister.federation.update import PartyUpdate
 from cloister.job import Job
 from cloister.model.cut import Whole
-from cloister.silo.work import LocalResult, SiloWork
+from cloister.silo.work import SiloWork
 from tests.unit.data.tiny_packs import random_pack
 from tests.unit.model.tiny import VOCABULARY
 
@@ -68,22 +67,11 @@ def first_state(whole: Whole, job: Job) -> GlobalState:
     return GlobalState(round=0, weights=adapter_state(adapted))
 
 
-def as_update(party: str, state: GlobalState, result: LocalResult, job: Job) -> PartyUpdate:
-    return PartyUpdate(
-        party=party,
-        round=state.round + 1,
-        tokens=result.tokens,
-        loss=result.loss,
-        weights=result.weights,
-        moments={} if keeps_no_moments(job.federation) else result.moments,
-    )
-
-
 def federate(works: Mapping[str, SiloWork], state: GlobalState, job: Job) -> GlobalState:
     """All rounds, without a protocol."""
     while state.round < job.federation.rounds:
         results = {name: work.train(state.round, state.weights, state.moments) for name, work in works.items()}
-        updates = [as_update(name, state, result, job) for name, result in results.items()]
+        updates = [result.as_update(name, state.round, job.federation) for name, result in results.items()]
         state = aggregate(updates, state, job.federation)
     return state
 
