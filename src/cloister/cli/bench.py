@@ -21,6 +21,13 @@ from cloister.progress import task
 
 app = typer.Typer(name="bench", help="Measure systems side by side on this machine.", no_args_is_help=True)
 
+Hidden = Annotated[int, typer.Option("--hidden", min=64, help="Width of the random Llama.")]
+Vocabulary = Annotated[int, typer.Option("--vocabulary", min=16, help="Its tokens; embedding and head are one.")]
+Systems = Annotated[
+    list[str] | None,
+    typer.Option("--system", metavar="NAME", help="Only this system; may be repeated. Default: all."),
+]
+
 
 @app.callback()
 def bench() -> None:
@@ -29,19 +36,14 @@ def bench() -> None:
 
 @app.command("slice")
 def slice_(
-    hidden: Annotated[int, typer.Option("--hidden", min=64, help="Width of the random Llama.")] = 2048,
+    hidden: Hidden = 2048,
     layers: Annotated[int, typer.Option("--layers", min=1, help="Its decoder layers.")] = 4,
-    vocabulary: Annotated[int, typer.Option("--vocabulary", min=16, help="Its tokens; embedding and head are one.")] = (
-        32_000
-    ),
+    vocabulary: Vocabulary = 32_000,
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of a training step.")] = 512,
     packs: Annotated[int, typer.Option("--packs", min=1, help="Packs that they are spread over.")] = 1,
     in_flight: Annotated[int, typer.Option("--in-flight", min=1, help="Packs worked on at once behind masks.")] = 2,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Steps of each system that count.")] = 5,
-    system: Annotated[
-        list[str] | None,
-        typer.Option("--system", metavar="NAME", help="Only this system; may be repeated. Default: all."),
-    ] = None,
+    system: Systems = None,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
@@ -83,11 +85,9 @@ def split(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="With --job: this model folder instead of the job's.")
     ] = None,
-    hidden: Annotated[int, typer.Option("--hidden", min=64, help="Width of the random Llama.")] = 768,
+    hidden: Hidden = 768,
     layers: Annotated[int, typer.Option("--layers", min=2, help="Its decoder layers.")] = 12,
-    vocabulary: Annotated[int, typer.Option("--vocabulary", min=16, help="Its tokens; embedding and head are one.")] = (
-        32_000
-    ),
+    vocabulary: Vocabulary = 32_000,
     cut: Annotated[
         list[int] | None,
         typer.Option("--cut", metavar="N", help="Former layers; may be repeated. Default: half and three quarters."),
@@ -109,10 +109,7 @@ def split(
         int, typer.Option("--evaluations", min=1, help="With --job: how often the held-out loss is measured.")
     ] = 6,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each system; figures are medians.")] = 1,
-    system: Annotated[
-        list[str] | None,
-        typer.Option("--system", metavar="NAME", help="Only this system; may be repeated. Default: all."),
-    ] = None,
+    system: Systems = None,
     as_json: AsJson = False,
     progress: ShowProgress = "auto",
 ) -> None:
