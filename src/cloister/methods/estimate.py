@@ -26,8 +26,10 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 2 / 64}
 EFFICIENCY = 0.4
 """Share of a bare matrix product's rate that a whole layer reaches (norms, attention, small shapes, Python)."""
 
-PROCESS_BYTES = 700 << 20
+PROCESS_BYTES = 440 << 20
 """Resident memory of a process that has loaded torch, transformers and PEFT and nothing else."""
+ENCLAVE_BYTES = 580 << 20
+"""The same of an enclave that has trained: what autograd, the optimiser and gRPC bring with them."""
 
 _PACK_HEADER_BYTES = 900
 """Header of a pack's safetensors blob plus its three entries in the payload's index."""
@@ -68,6 +70,14 @@ class ModelSize:
     """The same on all layers, as the baselines train it."""
     widest: int
     """Output width of the widest projection, which bounds the activations that a layer keeps for backward."""
+    mapped: bool = True
+    """Whether the weight files have the job's dtype: they are mapped then, and what is not used stays on disk."""
+
+    @property
+    def end(self) -> int:
+        """Parameters outside the layers that one half uses: the embedding, or the head; both where they are one."""
+        outer, table = self.total - self.former - self.latter, self.vocabulary * self.hidden
+        return outer - table if outer >= 2 * table else outer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +92,21 @@ class PartCount:
 
 
 def measure_model(
-    shapes: Shapes, *, layers: int, cut: int, hidden: int, vocabulary: int, adapter: int, whole_adapter: int
+    shapes: Shapes,
+    *,
+    layers: int,
+    cut: int,
+    hidden: int,
+    vocabulary: int,
+    adapter: int,
+    whole_adapter: int,
+    mapped: bool = True,
 ) -> ModelSize:
     """Sort a model's tensors into its two halves.
 
     Args:
         adapter: parameters that are trained in the latter layers; `whole_adapter`: in all layers.
+        mapped: see `ModelSize`.
     """
     by_layer = {name: _layer(name) for name in shapes}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -102,6 +121,7 @@ def measure_model(
         adapter=adapter,
         whole_adapter=whole_adapter,
         widest=max((max(shape) for shape in matrices(shapes).values()), default=hidden),
+        mapped=mapped,
     )
 
 
@@ -156,22 +176,23 @@ def bytes_down(test_examples: int, systems: int, adapter_bytes: int) -> int:
 
 
 def party_memory(model: ModelSize, parts: Sequence[PartCount], parameter_bytes: float, max_tokens: int) -> int:
-    """Peak resident memory of a party: the whole model while it is loaded, all packed tokens, one pack in work."""
+    """Peak resident memory of a party: embedding and former layers, all packed tokens, one pack in work."""
+    held = model.end + model.former if model.mapped else model.total
     integers = sum(8 * (4 * p.tokens + 3 * p.targets + 2 * p.groups) for p in parts)
     working = max_tokens * (6 * model.hidden + 2 * model.widest) * parameter_bytes
-    return int(PROCESS_BYTES + model.total * parameter_bytes + integers + working)
+    return int(PROCESS_BYTES + held * parameter_bytes + integers + working)
 
 
-def enclave_memory(model: ModelSize, parameter_bytes: float, max_tokens: int, cache_bytes: int) -> int:
+def enclave_memory(model: ModelSize, parameter_bytes: float, kept_bytes: float, cache_bytes: int) -> int:
     """Peak resident memory of the enclave.
 
     Args:
+        kept_bytes: what a pack's forward pass keeps for the backward pass.
         cache_bytes: decrypted activations that it keeps between epochs, at most `[enclave] cache_mib`.
     """
-    kept = (model.layers - model.cut) * max_tokens * (8 * model.hidden + 4 * model.widest) * parameter_bytes
+    held = model.end + model.latter if model.mapped else model.total
     optimiser = 16 * model.adapter  # weight, gradient and AdamW's two moments, fp32 each
-    head = 2 * max_tokens * model.vocabulary * 4  # logits and their gradient, one pack at most
-    return int(PROCESS_BYTES + model.total * parameter_bytes + kept + optimiser + head + cache_bytes)
+    return int(ENCLAVE_BYTES + held * parameter_bytes + kept_bytes + optimiser + cache_bytes)
 
 
 def seconds(operations: float, operations_per_s: float) -> float:

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 
 from cloister.adapters.add import add_adapter
-from cloister.crypto.keys import fingerprint
 from cloister.data.prepare import PartyData, prepare
 from cloister.errors import DataError
 from cloister.federation.aggregate import keeps_no_moments
@@ -31,11 +30,12 @@ from cloister.masking.weights import GroupPlan
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize, PartCount
 from cloister.methods.host import usable_cpus
+from cloister.methods.plan_parts import MethodPlan, describe_party
 from cloister.model.anatomy import load_tokenizer
 from cloister.model.cut import Whole
 from cloister.model.hollow import hollow_model
 from cloister.progress import Progress, task
-from cloister.report.model import Party, Records, Truncated
+from cloister.report.model import Records, Truncated
 from cloister.report.plan import MaskingPlan, PartyPads, RolePlan
 from cloister.silo.budget import party_budget, party_work, rows_at_start
 from cloister.silo.model import IN_FLIGHT, insecure
@@ -75,21 +75,9 @@ class Rates:
     """Of floating-point matrix products, see `plan.measure_rate`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlicePlan:
-    """What `plan_job` puts into its report."""
-
-    trainable: int
-    steps: int
-    parties: list[Party]
-    roles: list[RolePlan]
-    timing: dict[str, float]
-    masking: MaskingPlan
-
-
 def plan_slice(
     loaded: LoadedJob, files: ModelFiles, model: ModelSize, rate: Callable[[], float], progress: Progress
-) -> SlicePlan:
+) -> MethodPlan:
     """The part of a plan that is this method's own.
 
     Args:
@@ -117,7 +105,7 @@ def plan_slice(
         )
     computed = job.masking.pads == "precomputed"
     pads = [_pads(silo, rates if computed else None) for silo in silos]
-    return SlicePlan(
+    return MethodPlan(
         trainable=trainable,
         steps=max(silo.steps for silo in silos),
         parties=[describe_party(job, s.name, Records(**_records(s)), s.truncated) for s in silos],
@@ -192,17 +180,6 @@ def measure_masks(groups: Sequence[GroupPlan]) -> float:
         (z_TK - pad_TK).to(torch.float32).mul_(0.001)
 
     return x_TK.numel() / _best_time(mask)
-
-
-def describe_party(job: Job, name: str, records: Records, truncated: Truncated) -> Party:
-    """A party's line of a plan."""
-    key = next(p.public_key for p in job.party if p.name == name)
-    return Party(
-        name=name,
-        public_key_fingerprint=fingerprint(bytes.fromhex(key)) if key else "",
-        records=records,
-        truncated=truncated,
-    )
 
 
 def _best_time(work: Callable[[], object]) -> float:

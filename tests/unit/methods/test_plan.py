@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cloister.data.payload import write_payload
 from cloister.data.prepare import prepare
 from cloister.job import AdapterSection
 from cloister.jobfile import LoadedJob, load_job
-from cloister.methods import estimate, plan
+from cloister.methods import estimate, plan, plan_split
 from cloister.methods.estimate import ModelSize, PartCount
 from cloister.model import attention
 from cloister.model.cut import Former, Latter
@@ -140,7 +141,7 @@ def test_operations_of_a_training_step_are_those_that_torch_counts() -> None:
 def test_bundles_have_the_planned_size(job: LoadedJob, dtype: str) -> None:
     tokenizer = tiny_tokenizer("bos")
     data = prepare(job.job, tokenizer, job.data_file("north", "train"), job.data_file("north", "test"))
-    counted = plan.count_party(job, "north", tokenizer)
+    counted = plan_split.count_party(job, "north", tokenizer)
     for kind, part in data.parts.items():
         assert counted.parts[kind].records == part.records
         exact = PartCount(
@@ -169,15 +170,15 @@ def test_a_job_is_planned_as_it_would_run(job: LoadedJob) -> None:
     assert set(report.timing) == {"former layers", "training", "scoring", "baselines"}
     assert all(seconds > 0 for seconds in report.timing.values())
     assert enclave.seconds == pytest.approx(report.timing["training"] + report.timing["scoring"])
-    tokens = plan.count_party(job, "north", tiny_tokenizer("bos")).parts["train"].tokens
+    tokens = plan_split.count_party(job, "north", tiny_tokenizer("bos")).parts["train"].tokens
     assert report.steps == pytest.approx(2 * tokens / 512, rel=0.25)
     assert any("job_id will differ" in warning for warning in report.warnings)
 
 
 def test_a_sample_stands_for_the_whole(job: LoadedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = plan.count_party(job, "north", tiny_tokenizer("bos"))
-    monkeypatch.setattr(plan, "_SAMPLE", 40)
-    sampled = plan.count_party(job, "north", tiny_tokenizer("bos"))
+    exact = plan_split.count_party(job, "north", tiny_tokenizer("bos"))
+    monkeypatch.setattr(plan_split, "_SAMPLE", 40)
+    sampled = plan_split.count_party(job, "north", tiny_tokenizer("bos"))
     assert (exact.sampled, sampled.sampled) == (False, True)
     for kind, part in exact.parts.items():
         assert sampled.parts[kind].records == part.records
@@ -192,15 +193,36 @@ def test_validation_records_are_counted_as_they_are_chosen(job: LoadedJob, recor
     changed = job.job.model_copy(update={"data": job.job.data.model_copy(update={"validation": share})})
     parts = prepare(changed, tiny_tokenizer("bos"), path, job.data_file("north", "test")).parts
     chosen = parts["validation"].records if "validation" in parts else 0
-    assert plan._validation_count(records, share) == chosen
+    assert plan_split._validation_count(records, share) == chosen
 
 
 def test_memory_grows_with_what_it_should_grow_with() -> None:
     size = tiny_size()
-    small = estimate.enclave_memory(size, 4.0, MAX_TOKENS, 0)
-    assert estimate.enclave_memory(size, 4.0, MAX_TOKENS, 1 << 30) - small == 1 << 30
-    assert estimate.enclave_memory(size, 2.0, MAX_TOKENS, 0) < small
-    assert small > estimate.PROCESS_BYTES + 4 * size.total
+    small = estimate.enclave_memory(size, 4.0, 0.0, 0)
+    assert estimate.enclave_memory(size, 4.0, 0.0, 1 << 30) - small == 1 << 30
+    assert estimate.enclave_memory(size, 4.0, 1e6, 0) - small == 10**6
+    assert estimate.enclave_memory(size, 2.0, 0.0, 0) < small
+    assert small == estimate.ENCLAVE_BYTES + 4 * (size.latter + 512 * HIDDEN + HIDDEN) + 16 * size.adapter
+
+
+def test_a_half_that_is_not_used_stays_in_its_file_unless_its_dtype_is_changed() -> None:
+    size, part = tiny_size(), PartCount()
+    mapped, read = (estimate.party_memory(s, [part], 4.0, MAX_TOKENS) for s in (size, replace(size, mapped=False)))
+    assert read - mapped == 4 * size.latter
+
+
+def test_untied_ends_are_counted_apart() -> None:
+    tied = tiny_size()
+    untied = replace(tied, total=tied.total + 512 * HIDDEN)
+    assert tied.end == untied.end == 512 * HIDDEN + HIDDEN
+
+
+def test_a_model_too_large_to_rehearse_is_said_to_be(job: LoadedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_split, "rehearsal_bytes", lambda config, parameters: 1 << 60)
+    report = plan.plan_job(job, progress=Silent())
+    assert any("would not fit here" in warning for warning in report.warnings)
+    assert all(seconds > 0 for seconds in report.timing.values())
+    assert all(role.memory_bytes > 0 for role in report.roles)
 
 
 def test_the_command_prints_a_plan_and_nothing_else(job: LoadedJob, capfd: pytest.CaptureFixture[str]) -> None:

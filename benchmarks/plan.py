@@ -1,0 +1,82 @@
+"""What `cloister plan` says beforehand, over what `cloister bench split` then measures, for three shapes and cuts.
+
+python benchmarks/plan.py [--tokens 6144] [--runs 1]
+
+Ratios of 1 are exact. "seconds" is former layers and training; bytes are those of parties' bundles and all else that is
+sent; memory is the largest process of a role. Nothing else may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from cloister.bench.shape import Shape
+from cloister.bench.split import Asked, bench_split
+from cloister.bench.split_data import Budget, random_workload
+from cloister.methods.plan import plan_job
+from cloister.progress import Silent
+from cloister.report.bench import BenchSplitRow
+from cloister.report.plan import PlanReport
+
+SHAPES = (
+    (Shape(hidden=768, layers=12, vocabulary=32_000), 6),
+    (Shape(hidden=512, layers=8, vocabulary=8_000), 6),
+    (Shape(hidden=256, layers=16, vocabulary=4_000), 4),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=6144, help="of all silos, once")
+    parser.add_argument("--runs", type=int, default=1)
+    asked = parser.parse_args()
+    found = {}
+    for shape, cut in SHAPES:
+        name = f"hidden {shape.hidden}, {shape.layers} layers, cut {cut}"
+        print(name, file=sys.stderr)
+        found[name] = compare(shape, cut, asked.tokens, asked.runs)
+    print(json.dumps(found, indent=1))
+
+
+def compare(shape: Shape, cut: int, tokens: int, runs: int) -> dict[str, object]:
+    """Planned, measured, and their ratios."""
+    with tempfile.TemporaryDirectory(prefix="cloister-") as folder:
+        workload = random_workload(shape, Budget(tokens=tokens), dtype="float32", folder=Path(folder))
+        planned = of_plan(plan_job(workload.with_cut(cut), progress=Silent()))
+        asked = Asked(peers=[], cuts=[cut], runs=runs)
+        report = bench_split(workload, asked, command=shlex.join(sys.argv), progress=Silent())
+    measured = of_row(report.rows[0])
+    ratios = {name: round(planned[name] / measured[name], 2) for name in measured}
+    return {"planned": planned, "measured": measured, "planned / measured": ratios}
+
+
+def of_plan(report: PlanReport) -> dict[str, float]:
+    memory = {r: max(role.memory_bytes for role in report.roles if role.role == r) for r in ("party", "enclave")}
+    enclave = report.roles[-1]
+    former, training = report.timing["former layers"], report.timing["training"]
+    return figures(former, training, memory["party"], memory["enclave"], enclave.bytes_up + enclave.bytes_down)
+
+
+def of_row(row: BenchSplitRow) -> dict[str, float]:
+    memory = {role: mib * 2**20 for role, mib in row.peak_rss_mib.items()}
+    return figures(row.seconds - row.train_s, row.train_s, memory["party"], memory["enclave"], row.wire_bytes)
+
+
+def figures(before: float, training: float, party: float, enclave: float, wire: float) -> dict[str, float]:
+    return {
+        "seconds": round(before + training, 2),
+        "before training, s": round(before, 2),
+        "training, s": round(training, 2),
+        "party, MiB": round(party / 2**20),
+        "enclave, MiB": round(enclave / 2**20),
+        "wire, MB": round(wire / 1e6, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()
