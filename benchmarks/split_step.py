@@ -26,6 +26,7 @@ from cloister.bench.split_trainer import add_peft_lora, rows_of
 from cloister.data.packing import Pack
 from cloister.model.anatomy import load_model
 from cloister.model.cut import Former, Latter, Whole
+from cloister.model.repacked import repack
 from cloister.training.loop import PackList, Stepper
 
 Step = Callable[[], object]
@@ -84,12 +85,12 @@ def measure(workload: Workload, cuts: list[int], tokens: int, runs: int) -> dict
             filled += len(pack)
     steps: dict[str, Step] = {
         "peft": peft_step(Whole(load_model(path, "float32")), workload, packs),
-        "whole": our_step(Whole(load_model(path, "float32")), workload, packs, 0),
+        "whole": our_step(Whole(repack(load_model(path, "float32"))), workload, packs, 0),
     }
     for cut in cuts:
-        former = Former(load_model(path, "float32"), cut)
+        former = Former(repack(load_model(path, "float32")), cut)
         given = activations(former, packs)
-        steps[f"latter {cut}"] = our_step(Latter(load_model(path, "float32"), cut), workload, given, cut)
+        steps[f"latter {cut}"] = our_step(Latter(repack(load_model(path, "float32")), cut), workload, given, cut)
         steps[f"former {cut}"] = lambda former=former: activations(former, packs)  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(runs + 1):  # the first warms up

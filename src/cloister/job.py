@@ -206,6 +206,8 @@ class EnclaveSection(Section):
     """Whether each process holds a part of the frozen layers only ("full") or all of them ("none"); "auto" parts them
     where they do not fit on a device."""
     device: Literal["auto", "cpu", "cuda", "mps"] = local("auto")
+    repack: bool = local(True)
+    """Whether large frozen weights are copied into the order in which the processor's products read them."""
     cache_mib: int = local(2048, ge=0)
     """Memory for decrypted activations; what does not fit is decrypted again each epoch."""
     max_connections: int = local(1024, ge=8, le=65_536)

@@ -672,6 +672,7 @@ def test_the_walk_finds_known_local_and_shared_keys() -> None:
         ("enclave", "processes"),
         ("enclave", "sharding"),
         ("enclave", "device"),
+        ("enclave", "repack"),
         ("enclave", "cache_mib"),
         ("enclave", "max_connections"),
         ("enclave", "max_bundle_mib"),

@@ -30,6 +30,7 @@ from cloister.job import Job
 from cloister.jobfile import LoadedJob
 from cloister.model.anatomy import load_model, pick_device
 from cloister.model.cut import Whole
+from cloister.model.repacked import repack
 from cloister.progress import Progress, Task, task
 from cloister.report.bench import BenchMeasured
 from cloister.training.checkpoint import Point
@@ -76,6 +77,7 @@ def run_peer(peer: Peer, asked: PeerTask, out: Path, *, progress: Progress) -> N
 
 def _central(asked: PeerTask, clock: Clock, running: Task) -> BenchMeasured:
     whole, data = asked.load()
+    repack(whole.model, asked.job.enclave.repack)
     job, source = asked.job, PackList(train_packs(data))
     adapted = add_adapter(whole, job.adapter, first_layer=0, seed=job.job.seed)
     num_steps = len(plan_steps(source.tokens, job.training, job.job.seed))

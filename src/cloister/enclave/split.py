@@ -23,6 +23,7 @@ from cloister.enclave.work import train_and_score
 from cloister.errors import ProtocolError
 from cloister.model.anatomy import load_model, pick_device
 from cloister.model.cut import Latter
+from cloister.model.repacked import repack, unpack
 from cloister.progress import Progress, task
 
 
@@ -73,6 +74,7 @@ class SplitService:
         if self._parted:
             with task(progress, "loading latter layers"):
                 latter, adapted = self._whole_again(adapted)
+        unpack(latter.model)
         if job.adapter.merges:
             # Answers are then those of the merged model that `export --merge` writes, bit for bit, and come faster.
             adapted.merge_adapter()
@@ -81,7 +83,8 @@ class SplitService:
 
     def _load(self, device: str) -> Latter:
         resolved = self._opened.resolved
-        return Latter(load_model(resolved.model.folder, resolved.job.model.dtype, device), resolved.cut)
+        model = load_model(resolved.model.folder, resolved.job.model.dtype, device)
+        return Latter(repack(model, resolved.job.enclave.repack and not self._parted), resolved.cut)
 
     def _whole_again(self, adapted: PeftModel) -> tuple[Latter, PeftModel]:
         """The tuned model on the processor, for queries: the processes that held parts of it have ended."""

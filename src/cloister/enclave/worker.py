@@ -23,6 +23,7 @@ from cloister.enclave.placing import own_device, placing
 from cloister.errors import CloisterError
 from cloister.model.anatomy import load_model
 from cloister.model.cut import Latter
+from cloister.model.repacked import repack
 from cloister.private import keep_private
 from cloister.training.checkpoint import Checkpoint
 from cloister.training.team import LostProcessError, is_loss
@@ -69,7 +70,7 @@ def _compute(handover: Handover, dist_rank: int, pipe: int) -> None:
     torch.set_num_threads(handover.threads)
     device = own_device(handover.device, dist_rank)
     model = load_model(handover.model, job.model.dtype, "cpu" if handover.parted else str(device))
-    latter = Latter(model, handover.cut)
+    latter = Latter(repack(model, job.enclave.repack and not handover.parted), handover.cut)
     with ExitStack() as opened:
         payloads = open_payloads(opened, job, latter, handover.sources)
         say(pipe, {"ready": dist_rank})

@@ -24,6 +24,7 @@ from cloister.job import Job, TrainingSection
 from cloister.jobfile import LoadedJob, ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer, pick_device
 from cloister.model.cut import Whole
+from cloister.model.repacked import repack
 from cloister.progress import Progress, task
 from cloister.training.checkpoint import Point
 from cloister.training.first_step import first_step
@@ -99,7 +100,7 @@ def _run(resolved: ResolvedJob, data: Mapping[str, PartyData], name: str, device
     job = resolved.job
     members = list(data) if name == "central" else [name.partition(":")[2]]
     packs = [pack for party in members for pack in data[party].parts["train"].packs]
-    whole = Whole(load_model(resolved.model.folder, job.model.dtype, device))
+    whole = Whole(repack(load_model(resolved.model.folder, job.model.dtype, device), job.enclave.repack))
     source, training = PackList(packs), _scaled(job.training, packs, data)
     placed_by = partial(first_step, whole, source, training, job.job.seed)
     adapted = add_adapter(whole, job.adapter, first_layer=0, seed=job.job.seed, first_step=placed_by)

@@ -28,7 +28,8 @@ from cloister.methods.plan_parts import MethodPlan
 from cloister.methods.plan_processes import busy_threads
 from cloister.methods.plan_slice import plan_slice
 from cloister.methods.plan_split import plan_split
-from cloister.model.anatomy import DTYPES
+from cloister.model.anatomy import DTYPES, pick_device
+from cloister.model.repacked import pays
 from cloister.progress import Progress, task
 from cloister.report.plan import PlanReport
 
@@ -117,6 +118,7 @@ def _measure(config: Any, files: ModelFiles, job: Job, layers: int, cut: int) ->
         adapter=_trained(job, shapes, config, layers, cut),
         whole_adapter=_trained(job, shapes, config, layers, 0),
         mapped=stored == {_STORED_AS[job.model.dtype]},
+        repacked=job.enclave.repack and pays(DTYPES[job.model.dtype], pick_device(job.enclave.device)),
     )
 
 

@@ -27,6 +27,7 @@ from cloister.job import Job
 from cloister.model import attention
 from cloister.model.anatomy import DTYPES
 from cloister.model.cut import Former, Latter
+from cloister.model.repacked import repack
 from cloister.training.first_step import first_step
 from cloister.training.loop import PackList, Stepper
 from cloister.training.loss import target_nll
@@ -108,6 +109,7 @@ def _few(config: Any, job: Job, count: int) -> PreTrainedModel:
             config, dtype=DTYPES[job.model.dtype]
         )
     model.requires_grad_(False)
+    repack(model, job.enclave.repack)
     return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 

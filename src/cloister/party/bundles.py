@@ -22,6 +22,7 @@ from cloister.errors import CloisterError, DataError, RunError
 from cloister.jobfile import ResolvedJob
 from cloister.model.anatomy import load_model, load_tokenizer
 from cloister.model.cut import Former
+from cloister.model.repacked import repack
 from cloister.progress import Progress, Task, task
 
 __all__ = ["SealedParty", "seal_party"]
@@ -78,7 +79,8 @@ def seal_party(
     with task(progress, "reading records"):
         data = prepare(job, load_tokenizer(resolved.model.folder), *files)
     with task(progress, "loading former layers"):
-        former = Former(load_model(resolved.model.folder, job.model.dtype, device), resolved.cut)
+        model = load_model(resolved.model.folder, job.model.dtype, device)
+        former = Former(repack(model, job.enclave.repack), resolved.cut)
     tokens = sum(len(p) for part in data.parts.values() for p in part.packs)
     with task(progress, "former layers", total=tokens, unit="tokens") as running:
         for kind, part in data.parts.items():
