@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ARGUMENTS = ["--tokens", "1500", "--epochs", "2", "--batch-tokens", "256", "--max-tokens", "64", "--cut", "3"]
 
 
+@pytest.mark.slow
 def test_every_system_reaches_the_same_loss(tmp_path: Path, make_job: MakeJob) -> None:
     command = finish(
         "bench",
