@@ -231,7 +231,7 @@ class EnclaveSection(Section):
 class TransportSection(Section):
     """[transport]"""
 
-    activation_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    activation_dtype: Literal["float32", "bfloat16", "bfloat16-deflate", "int8"] = "bfloat16"
     chunk_mib: int = Field(1, ge=1, le=3)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -391,15 +392,16 @@ def updates() -> list[bytes]:
 
 
 PACK_SCHEMA = Schema(activation_dtype="int8", hidden=8, vocabulary=97, max_tokens=40)
+CODED_SCHEMA = replace(PACK_SCHEMA, activation_dtype="bfloat16-deflate")
 
 
-def payloads() -> list[bytes]:
+def payloads(schema: Schema = PACK_SCHEMA) -> list[bytes]:
     """Two packs with examples; one pack without."""
     example = Example(id="a", task="t", response_bytes=3, response_role=1, choice_bytes=(2, 3), answer=0)
     found = []
     for packs, examples in (([[3, 4], [5]], [example, example, example]), ([[2]], [])):
         out = bytearray()
-        write_payload(out.extend, [random_pack(p, 97, hidden=8) for p in packs], examples, "int8")
+        write_payload(out.extend, [random_pack(p, 97, hidden=8) for p in packs], examples, schema.activation_dtype)
         found.append(bytes(out))
     return found
 

@@ -10,7 +10,7 @@ import hashlib
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import grpc
 import torch
@@ -42,6 +42,7 @@ from cloister.crypto.bundle.scan import BundleScanner
 from cloister.crypto.encoding import Fields, decode, encode
 from cloister.crypto.hpke import HpkeKey, wrap
 from cloister.crypto.sealing import SealingKey
+from cloister.data.activations import Schema
 from cloister.data.payload import Payload
 from cloister.errors import CapacityError, CloisterError, JobError, ProtocolError, RunError, VerificationError
 from cloister.federation.aggregate import aggregate
@@ -273,14 +274,14 @@ def _bundle_scan(data: bytes) -> None:
         raise VerificationError("truncated", "the bundle ends before its end")
 
 
-def _payload(data: bytes) -> None:
+def _payload(data: bytes, schema: Schema = seeds.PACK_SCHEMA) -> None:
     """What a party sealed: the enclave reads the index, the table of examples and every pack."""
 
     def read(offset: int, length: int) -> bytes:
         _expect(offset >= 0 and 0 <= length <= len(data) - offset, "a read outside the payload")
         return data[offset : offset + length]
 
-    payload = Payload.open(read, len(data), seeds.PACK_SCHEMA, torch.float32, "party n")
+    payload = Payload.open(read, len(data), schema, torch.float32, "party n")
     payload.examples()
     for index in range(len(payload)):
         payload[index]
@@ -485,6 +486,11 @@ TARGETS: Mapping[str, Target] = {
     "bundle-scan": Target(run=_bundle_scan, seeds=seeds.bundle_tails),
     "update": Target(run=_update, seeds=seeds.updates, max_bytes=1 << 14),
     "payload": Target(run=_payload, seeds=seeds.payloads, max_bytes=1 << 14),
+    "payload-deflate": Target(
+        run=partial(_payload, schema=seeds.CODED_SCHEMA),
+        seeds=partial(seeds.payloads, seeds.CODED_SCHEMA),
+        max_bytes=1 << 14,
+    ),
     "wrapped-key": Target(run=_wrapped, seeds=seeds.wrapped_keys, max_bytes=2048),
     "hpke-key": Target(run=_key, seeds=lambda: [seeds.HPKE_KEY.public], max_bytes=2048),
     "sealed-state": Target(run=_sealed_state, seeds=seeds.sealed_states),

@@ -144,7 +144,7 @@ attester = "auto"           # local: "auto" takes what the machine has; or tdx, 
 
 _TRANSPORT = """
 [transport]
-activation_dtype = "bfloat16"   # float32 is exact, bfloat16 half of it, int8 a quarter
+activation_dtype = "bfloat16"   # float32 is exact, bfloat16 half of it, int8 a quarter; bfloat16-deflate a third
 chunk_mib = 1
 """
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from cloister.data.activations import BLOCK, Schema, decode_pack, encode_pack
+from cloister.data.activations import Schema, decode_pack, encode_pack, max_bytes
 from cloister.data.packing import Pack
 from cloister.data.records import MAX_NAME
 from cloister.data.tokens import Example
@@ -50,12 +50,9 @@ def write_payload(
 
 def max_payload_bytes(packs: Sequence[Pack], examples: Sequence[Example], hidden: int, activation_dtype: str) -> int:
     """An upper bound of what `write_payload` writes, known before any activation is computed."""
-    per_token = {"float32": 4 * hidden, "bfloat16": 2 * hidden, "int8": hidden + 2 * -(-hidden // BLOCK)}[
-        activation_dtype
-    ]
     table = len(json.dumps([asdict(e) for e in examples], separators=(",", ":")).encode())
     integers = sum(12 * len(p) + 12 * len(p.target_pos_N) + 8 * len(p.group_role_G) for p in packs)
-    values = sum(len(p) * per_token for p in packs)
+    values = sum(max_bytes(activation_dtype, len(p), hidden) for p in packs)
     # A safetensors header of ten names, shapes and places takes less than 1 KiB.
     return table + integers + values + (1024 + 24) * (len(packs) + 1)
 

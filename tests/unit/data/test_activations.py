@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cloister.data.activations import BLOCK, Schema, decode_pack, encode_pack
+from cloister.data.activations import BLOCK, Schema, decode_pack, encode_pack, max_bytes
 from cloister.errors import ModelError, ProtocolError
 from tests.unit.data.tiny_packs import equal_packs, random_pack
 
-DTYPES = ["float32", "bfloat16", "int8"]
+DTYPES = ["float32", "bfloat16", "bfloat16-deflate", "int8"]
 
 
 def _schema(dtype: str, hidden: int = 80) -> Schema:
@@ -29,7 +31,10 @@ def _blob(dtype: str, hidden: int = 80) -> bytes:
     return encode_pack(random_pack([7, 12, 3], 97, hidden=hidden), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "computed"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("bfloat16-deflate", torch.bfloat16)],
+)
 def test_floats_come_back_exactly(dtype: str, computed: torch.dtype) -> None:
     pack = random_pack([7, 12, 3], 97, hidden=80)
     pack = pack.with_activations(pack.given.to(computed))
@@ -40,6 +45,74 @@ def test_fp32_activations_as_bf16_are_rounded_to_nearest() -> None:
     pack = random_pack([7], 97, hidden=80)
     decoded = decode_pack(encode_pack(pack, "bfloat16"), _schema("bfloat16"), torch.float32, "a")
     assert torch.equal(decoded.given, pack.given.bfloat16().float())
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 80])
+def test_coded_bf16_has_every_bit_of_bf16(hidden: int) -> None:
+    """Every finite bit pattern: zeros of both signs, subnormals, the largest."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    values = bits[torch.isfinite(bits)][torch.randperm(2**16 - 2**9, generator=torch.Generator().manual_seed(0))]
+    for start in range(0, len(values) - 7 * hidden, 7 * hidden):
+        given = values[start : start + 7 * hidden].view(7, hidden)
+        pack = random_pack([7], 97, hidden=hidden).with_activations(given)
+        blob = encode_pack(pack, "bfloat16-deflate")
+        found = decode_pack(blob, _schema("bfloat16-deflate", hidden), torch.bfloat16, "a").given
+        assert torch.equal(found.view(torch.int16), given.view(torch.int16))
+
+
+def test_coded_bf16_takes_two_thirds_of_bf16() -> None:
+    sizes = {dtype: len(_blob(dtype, 2048)) for dtype in ("bfloat16", "bfloat16-deflate")}
+    assert sizes["bfloat16-deflate"] <= 0.70 * sizes["bfloat16"]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_pack_takes_no_more_than_its_bound(data: st.DataObject) -> None:
+    """What codes worst: every exponent equally often."""
+    dtype, hidden = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(1, 300))
+    bits = torch.randint(0, 0x7F7F, (9, hidden), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    pack = random_pack([9], 97, hidden=hidden).with_activations(bits.to(torch.int16).view(torch.bfloat16))
+    tensors = safetensors.torch.load(encode_pack(pack, dtype))
+    travelling = [tensors[n] for n in ("activation", "scale", "exponent") if n in tensors]
+    assert sum(t.numel() * t.element_size() for t in travelling) <= max_bytes(dtype, 9, hidden)
+
+
+def _coded(content: bytes) -> bytes:
+    return _with("bfloat16-deflate", exponent=torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+
+def _raw_deflate(content: bytes) -> bytes:
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return coder.compress(content) + coder.flush()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 9,
+        b"\0",
+        _raw_deflate(b"\x7f" * (22 * 80 - 1)),
+        _raw_deflate(b"\x7f" * (22 * 80 + 1)),
+        _raw_deflate(b"\x7f" * (22 * 80)) + b"more",
+        _raw_deflate(b"\x7f" * (22 * 80))[:-1],
+        _raw_deflate(b"\x7f" * 50_000_000),
+    ],
+    ids=["garbage", "empty", "too few", "too many", "trailing bytes", "cut off", "bomb"],
+)
+def test_exponents_are_exactly_as_many_as_values(content: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="exponent"):
+            decode_pack(_coded(content), _schema("bfloat16-deflate"), torch.float32, "a")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_coded_infinities_are_refused() -> None:
+    content = _raw_deflate(b"\xff" * (22 * 80))
+    with pytest.raises(ProtocolError, match="not finite"):
+        decode_pack(_coded(content), _schema("bfloat16-deflate"), torch.float32, "a")
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 80, 256])
@@ -122,6 +195,12 @@ MALFORMED: dict[str, tuple[str, bytes]] = {
     "garbage": ("float32", b"\xff" * 100),
     "short": ("float32", _blob("float32")[:-1]),
     "long": ("float32", _blob("float32") + b"\0"),
+    "no exponents": ("bfloat16-deflate", _with("bfloat16-deflate", exponent=None)),
+    "exponents of another type": (
+        "bfloat16-deflate",
+        _with("bfloat16-deflate", exponent=torch.zeros(4, dtype=torch.int32)),
+    ),
+    "plain bf16 as coded": ("bfloat16-deflate", _blob("bfloat16")),
     "no scale": ("int8", _with("int8", scale=None)),
     "scale too many": ("float32", _with("float32", scale=torch.ones(22, 2, dtype=torch.bfloat16))),
     "other dtype": ("float32", _blob("bfloat16")),
