@@ -1,6 +1,8 @@
 """What `cloister plan` says beforehand, over what `cloister bench split` then measures, for three shapes and cuts.
 
-python benchmarks/plan.py [--tokens 6144] [--runs 1]
+python benchmarks/plan.py [--tokens 6144] [--runs 1] [--shape 768x12x32000/6 ...]
+
+A shape is HIDDENxLAYERSxVOCABULARY/CUT.
 
 Ratios of 1 are exact. "seconds" is former layers and training; bytes are those of parties' bundles and all else that is
 sent; memory is the largest process of a role. Nothing else may run meanwhile.
@@ -23,23 +25,22 @@ from cloister.progress import Silent
 from cloister.report.bench import BenchSplitRow
 from cloister.report.plan import PlanReport
 
-SHAPES = (
-    (Shape(hidden=768, layers=12, vocabulary=32_000), 6),
-    (Shape(hidden=512, layers=8, vocabulary=8_000), 6),
-    (Shape(hidden=256, layers=16, vocabulary=4_000), 4),
-)
+SHAPES = ["768x12x32000/6", "512x8x8000/6", "256x16x4000/4"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6144, help="of all silos, once")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--shape", nargs="+", default=SHAPES)
     asked = parser.parse_args()
     found = {}
-    for shape, cut in SHAPES:
-        name = f"hidden {shape.hidden}, {shape.layers} layers, cut {cut}"
-        print(name, file=sys.stderr)
-        found[name] = compare(shape, cut, asked.tokens, asked.runs)
+    for text in asked.shape:
+        print(text, file=sys.stderr)
+        sizes, _, cut = text.partition("/")
+        hidden, layers, vocabulary = map(int, sizes.split("x"))
+        shape = Shape(hidden=hidden, layers=layers, vocabulary=vocabulary)
+        found[text] = compare(shape, int(cut), asked.tokens, asked.runs)
     print(json.dumps(found, indent=1))
 
 
