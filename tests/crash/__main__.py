@@ -2,9 +2,10 @@
 
     python -m tests.crash [--trials 100] [--seed 1] [--json]
 
-Each seed is one point at which a role is killed; every fourth trial is of method `slice`. One more trial for every five
-of these is of another kind: a party that stays away past the deadline, a full or read-only disk, a clock that jumps, a
-file that lost its end. Runs can be put together: `--append FILE` adds the trials to those in a file.
+Each seed is one point at which a role is killed; every fourth trial is of method `slice`. One more trial for every
+five of these is of another kind: a party that stays away past the deadline, an enclave that dies between the last
+countersignature and telling of it, a full or read-only disk, a clock that jumps, a file that lost its end. Runs can
+be put together: `--append FILE` adds the trials to those in a file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.crash.forking import import_everything  # noqa: E402
 from tests.crash.matrix import Matrix, Result  # noqa: E402
 from tests.crash.trouble import Kind, can_mount  # noqa: E402
 
-_OTHERS = ("away", "half-written", "run folder", *get_args(Kind))
+_OTHERS = ("away", "half-written", "run folder", "untold", *get_args(Kind))
 
 
 def main() -> int:
@@ -88,6 +89,8 @@ def _other(matrix: Matrix, kind: str, seed: int) -> Result:
         return matrix.half_written(seed)
     if kind == "run folder":
         return matrix.run_folder(seed)
+    if kind == "untold":
+        return matrix.untold(seed)
     return matrix.trouble(kind, seed)  # type: ignore[arg-type]  # one of the others
 
 

@@ -148,6 +148,14 @@ class Matrix:
         again = replace_job(job)
         return self._judge(ground, again, again.run(), "away", seed, [first])
 
+    def untold(self, seed: int) -> Result:
+        """The enclave notes that all have countersigned, and dies before anybody hears of it."""
+        method: Method = "slice" if seed % 2 else "split"
+        ground = self.ground(method)
+        point = Point(victim="enclave", phase="receipt", operation="named enclave.json", after=True)
+        job = self._job(ground, f"untold-{seed}", points=[point])
+        return self._judge(ground, job, job.run(), f"untold {method}", seed, [])
+
     def trouble(self, kind: Kind, seed: int) -> Result:
         """A disk is full or read-only, or a clock jumps, for some seconds or until a role fails of it."""
         ground = self.ground("split")

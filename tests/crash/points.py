@@ -55,8 +55,8 @@ class Point:
     phase: str
     seen: Seen | None = None
     """When this was seen for the `count`-th time, and `later_s` have passed."""
-    operation: int | None = None
-    """At its file operation of this number, counted from 0."""
+    operation: int | str | None = None
+    """At its file operation of this number, counted from 0, or at the first that is this "VERB PATH"."""
     after: bool = False
     """Once that operation is done, not before it; of opening a file to write, that is when it has become empty."""
     time_s: float | None = None
@@ -128,11 +128,11 @@ def record_operations(root: Path, record: Path) -> Prepare:
     return prepare
 
 
-def die_at_operation(root: Path, at: int, *, after: bool) -> Prepare:
-    """Kill this process at its file operation of a number."""
+def die_at_operation(root: Path, at: int | str, *, after: bool) -> Prepare:
+    """Kill this process at one of its file operations, see `Point`."""
 
     def act(number: int, verb: str, path: Path, do: Callable[[], object]) -> None:
-        if number == at:
+        if at in (number, f"{verb} {path.relative_to(root)}"):
             if after:
                 do()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -33,7 +33,7 @@ from cloister.enclave.intake import Handler, Intake
 from cloister.enclave.results import Outcome
 from cloister.enclave.slice import SliceService
 from cloister.enclave.split import SplitService
-from cloister.errors import CapacityError, CloisterError, DataError, RunError, UsageError
+from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, RunError, UsageError
 from cloister.jobfile import LoadedJob
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
@@ -44,6 +44,8 @@ REPORT = "enclave.json"
 """In OUT once every party has countersigned the receipt."""
 PARTY_TIMEOUT_S = 24 * 3600.0
 """How long to wait for parties that have not come."""
+OVER_TIMEOUT_S = 60.0
+"""The same where all have countersigned already: they come only if the enclave ended before it could tell them."""
 TELL_TIMEOUT_S = 5.0
 """How long a failed enclave waits for parties to ask, so that they can be told why."""
 LEAVE_TIMEOUT_S = 600.0
@@ -84,7 +86,9 @@ def serve_job(
 ) -> EnclaveReport:
     """Run a job's enclave to its end.
 
-    A job that every party has countersigned is over: started again, its enclave returns the report in OUT/enclave.json.
+    A job that every party has countersigned is over, which OUT/enclave.json says. Its enclave may have ended before the
+    parties heard of it: started again, it makes another receipt with them if all come within OVER_TIMEOUT_S, and else
+    returns that report.
 
     Args:
         out: folder for arriving (sealed) bundles, for sealed checkpoints, and for `address` once it listens. What is
@@ -102,9 +106,6 @@ def serve_job(
             hint="leave it out; parties answer sample prompts at the end of their part",
         )
     opened = open_job(loaded, progress=progress)
-    ended = _ended(out / REPORT, opened)
-    if ended is not None and not serve:
-        return ended
     require_listed_measurements(opened.policy, address=listen, insecure_simulated=insecure_simulated)
     found = find_own_attester(opened, insecure_simulated=insecure_simulated, progress=progress)
     claims = own_claims(
@@ -132,7 +133,12 @@ def serve_job(
     with server:
         _write_address(out / "address", server.address)
         report = functools.partial(_report, core, opened, claims, found, server.address)
-        outcome = _work(core, service, opened, progress, lambda o, receipt: _keep(out / REPORT, report(o, receipt)))
+        over = None if serve else _ended(out / REPORT, opened)
+        outcome = _work(
+            core, service, opened, progress, lambda o, receipt: _keep(out / REPORT, report(o, receipt)), over
+        )
+        if isinstance(outcome, EnclaveReport):
+            return outcome
         with task(progress, "answering queries" if serve else "handing out results"):
             if serve:
                 core.wait_forever()
@@ -222,13 +228,21 @@ def _work(
     opened: OpenJob,
     progress: Progress,
     on_complete: Callable[[Outcome, Receipt], None],
-) -> Outcome:
+    over: EnclaveReport | None,
+) -> Outcome | EnclaveReport:
+    """From the parties' coming to the outcome. `over`: the report of the job if it is; returned if not all come."""
     if (threads := opened.resolved.job.enclave.threads) is not None:
         torch.set_num_threads(threads)
     try:
         service.prepare(progress)
         with task(progress, "waiting for parties") as waiting:
-            core.wait_for_keys(PARTY_TIMEOUT_S, functools.partial(_note_missing, waiting))
+            try:
+                wait_s = PARTY_TIMEOUT_S if over is None else OVER_TIMEOUT_S
+                core.wait_for_keys(wait_s, functools.partial(_note_missing, waiting))
+            except ProtocolError:
+                if over is None:
+                    raise
+                return over  # those who stayed away have their receipts
         outcome = service.work(core, progress)
         core.finish(outcome, functools.partial(on_complete, outcome))
         return outcome
