@@ -27,7 +27,6 @@ from tests.crash.watch import Seen, Watch
 SHORT_TIMES: dict[str, object] = {
     "cloister.enclave.closing.COMMIT_WAIT_S": 5.0,
     "cloister.enclave.server.LEAVE_TIMEOUT_S": 24.0,
-    "cloister.enclave.server.OVER_TIMEOUT_S": 8.0,
     "cloister.enclave.server.TELL_TIMEOUT_S": 2.0,
     "cloister.party.client.COUNTERSIGN_WAIT_S": 20.0,
     "cloister.party.taking_part.RECONNECT_S": 60.0,

@@ -127,6 +127,7 @@ REQUESTS: dict[str, Any] = {
     "adapter-request": {"name": "adapter_config.json", "offset": 0},
     "countersign-request": {"time": 1, "signature": _S},
     "receipt-request": {"wait_ms": 1},
+    "countersignatures-request": {"body_sha256": _H},
     "request": {"id": 1, "method": "watch", "body": {}},
     "error-report": {"kind": "VerificationError", "code": "job", "message": "m", "where": "", "hint": ""},
 }  # fmt: skip

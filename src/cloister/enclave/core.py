@@ -45,6 +45,7 @@ from cloister.enclave.intake import Handler, Intake
 from cloister.enclave.lineage import InstanceEntry, Lineage
 from cloister.enclave.results import Outcome, ResultDesk, wait_s
 from cloister.errors import CloisterError, ProtocolError, RunError, VerificationError
+from cloister.report.outputs import EnclaveReport
 
 Phase = Literal["collecting", "agreeing", "training", "finished", "failed"]
 
@@ -109,6 +110,8 @@ class EnclaveCore:
         self._began = clock(), steady()
         self._events: list[dict[str, Any]] = []
         self._failure: CloisterError | None = None
+        self.concluded: EnclaveReport | None = None
+        """Of a job that an earlier instance has brought to its end."""
         self._news = threading.Condition()
         self.lineage = Lineage(
             job_id=job_id,
@@ -130,6 +133,7 @@ class EnclaveCore:
             "kept": self._kept,
             "checkpoint": self._checkpoint,
             "watch": self._watch,
+            "countersignatures": self._countersignatures,
             "leave": self._leave,
             **(handlers or {}),
         }
@@ -278,6 +282,14 @@ class EnclaveCore:
     def _has_news(self, party: str, after: int, committed: int) -> bool:
         ended = self.phase in ("finished", "failed")
         return ended or len(self._events) > after or self.lineage.has_news(party, committed)
+
+    def _countersignatures(self, party: str, fields: Fields) -> dict[str, Any]:
+        """All parties' under a receipt of an earlier instance that ended before this party heard of them."""
+        body = fields.blob("body_sha256", size=32).hex()
+        fields.end()
+        found = self.concluded
+        known = found.countersignatures if found is not None and found.receipt_body_sha256 == body else {}
+        return {"countersignatures": {n: [c.time, bytes.fromhex(c.signature)] for n, c in known.items()}}
 
     def _leave(self, party: str, fields: Fields) -> dict[str, Any]:
         fields.end()

@@ -33,19 +33,17 @@ from cloister.enclave.intake import Handler, Intake
 from cloister.enclave.results import Outcome
 from cloister.enclave.slice import SliceService
 from cloister.enclave.split import SplitService
-from cloister.errors import CapacityError, CloisterError, DataError, ProtocolError, RunError, UsageError
+from cloister.errors import CapacityError, CloisterError, DataError, RunError, UsageError
 from cloister.jobfile import LoadedJob
 from cloister.progress import Progress, Task, task
 from cloister.report.claims import attestation_of
 from cloister.report.model import Training
-from cloister.report.outputs import EnclaveReport
+from cloister.report.outputs import Countersignature, EnclaveReport
 
 REPORT = "enclave.json"
 """In OUT once every party has countersigned the receipt."""
 PARTY_TIMEOUT_S = 24 * 3600.0
 """How long to wait for parties that have not come."""
-OVER_TIMEOUT_S = 60.0
-"""The same where all have countersigned already: they come only if the enclave ended before it could tell them."""
 TELL_TIMEOUT_S = 5.0
 """How long a failed enclave waits for parties to ask, so that they can be told why."""
 LEAVE_TIMEOUT_S = 600.0
@@ -86,9 +84,8 @@ def serve_job(
 ) -> EnclaveReport:
     """Run a job's enclave to its end.
 
-    A job that every party has countersigned is over, which OUT/enclave.json says. Its enclave may have ended before the
-    parties heard of it: started again, it makes another receipt with them if all come within OVER_TIMEOUT_S, and else
-    returns that report.
+    A job that every party has countersigned is over, which OUT/enclave.json says. Its enclave may have ended before all
+    parties heard of it: started again, it hands out the countersignatures that are in that report, and returns it.
 
     Args:
         out: folder for arriving (sealed) bundles, for sealed checkpoints, and for `address` once it listens. What is
@@ -133,12 +130,12 @@ def serve_job(
     with server:
         _write_address(out / "address", server.address)
         report = functools.partial(_report, core, opened, claims, found, server.address)
-        over = None if serve else _ended(out / REPORT, opened)
-        outcome = _work(
-            core, service, opened, progress, lambda o, receipt: _keep(out / REPORT, report(o, receipt)), over
-        )
-        if isinstance(outcome, EnclaveReport):
-            return outcome
+        core.concluded = None if serve else _ended(out / REPORT, opened)
+        if core.concluded is not None:
+            with task(progress, "handing out countersignatures"):
+                core.wait_until_left(LEAVE_TIMEOUT_S)
+            return core.concluded
+        outcome = _work(core, service, opened, progress, lambda o, receipt: _keep(out / REPORT, report(o, receipt)))
         with task(progress, "answering queries" if serve else "handing out results"):
             if serve:
                 core.wait_forever()
@@ -160,11 +157,17 @@ def _report(
         timing=declared["timing"],
         adapter_sha256=json.loads(receipt.body)["adapter_sha256"],
         receipt_sha256=hashlib.sha256(receipt.to_bytes()).hexdigest(),
+        receipt_body_sha256=receipt.body_sha256.hex(),
+        countersignatures={
+            party: Countersignature(time=at, signature=signature.hex())
+            for party, (at, signature) in receipt.countersignatures.items()
+        },
     )
 
 
 def _keep(path: Path, report: EnclaveReport) -> None:
-    """Note that the job is over: an instance started later would wait for parties that have left."""
+    """Note that the job is over: an instance started later would wait for parties that have left, and what those lack
+    that have not yet been told."""
     with suppress(CapacityError, DataError):  # every party has its results: a full disk must not cost them those
         write_durably(path, report.to_json().encode())
 
@@ -228,21 +231,13 @@ def _work(
     opened: OpenJob,
     progress: Progress,
     on_complete: Callable[[Outcome, Receipt], None],
-    over: EnclaveReport | None,
-) -> Outcome | EnclaveReport:
-    """From the parties' coming to the outcome. `over`: the report of the job if it is; returned if not all come."""
+) -> Outcome:
     if (threads := opened.resolved.job.enclave.threads) is not None:
         torch.set_num_threads(threads)
     try:
         service.prepare(progress)
         with task(progress, "waiting for parties") as waiting:
-            try:
-                wait_s = PARTY_TIMEOUT_S if over is None else OVER_TIMEOUT_S
-                core.wait_for_keys(wait_s, functools.partial(_note_missing, waiting))
-            except ProtocolError:
-                if over is None:
-                    raise
-                return over  # those who stayed away have their receipts
+            core.wait_for_keys(PARTY_TIMEOUT_S, functools.partial(_note_missing, waiting))
         outcome = service.work(core, progress)
         core.finish(outcome, functools.partial(on_complete, outcome))
         return outcome

@@ -16,7 +16,7 @@ from cloister.model.cut import Former
 from cloister.party.bundles import SealedParty, seal_party
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import generate, stop_ids
-from cloister.party.results import come_back, keep_receipt, keep_results
+from cloister.party.results import come_back, completed, keep_receipt, keep_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
@@ -94,6 +94,10 @@ def _take_part(
 ) -> Results:
     with open_session(client, entering.enclave) as session:
         try:
+            done = completed(session, client, entering.out, released=entering.is_recipient)
+            if done is not None:
+                session.request("leave", {})
+                return done
             with task(progress, "waiting for the others") as waiting, task(progress, "training") as training:
                 results = client.take_part(
                     session,

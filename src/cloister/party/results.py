@@ -19,6 +19,7 @@ from cloister.agreement.receipt import Receipt
 from cloister.crypto.sealing import write_durably
 from cloister.errors import CloisterError, DataError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
+from cloister.party.follower import Requests
 from cloister.party.taking_part import with_reconnect
 
 _SYSTEMS = ("base", "cloister")
@@ -60,6 +61,22 @@ def kept_results(out: Path, client: PartyClient, *, released: bool) -> Results |
         return client.accept_kept(receipt, json.loads(files["declared.json"]), scores, adapter)
     except (OSError, ValueError, KeyError, CloisterError):
         return None  # then it is fetched again, or the enclave's absence is an error
+
+
+def completed(session: Requests, client: PartyClient, out: Path, *, released: bool) -> Results | None:
+    """What an earlier start has kept, if every party has countersigned it by now: then nothing needs to be fetched.
+
+    Raises:
+        ProtocolError, VerificationError: see `PartyClient.complete`. CapacityError, DataError: see `keep_receipt`.
+    """
+    kept = kept_results(out, client, released=released)
+    if kept is None or kept.complete:
+        return kept
+    found = client.complete(session, kept)
+    if not found.complete:
+        return None
+    keep_receipt(out, found.receipt)
+    return found
 
 
 def come_back(attempt: Callable[[], Results], out: Path, client: PartyClient, *, released: bool) -> Results:

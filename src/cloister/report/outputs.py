@@ -64,6 +64,14 @@ class JoinReport(Versioned):
     warnings: list[str] = Field(default_factory=list)
 
 
+class Countersignature(Part):
+    """A party's, under a receipt."""
+
+    time: Count
+    """Seconds since 1970."""
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
 class EnclaveReport(Versioned):
     """`cloister enclave`, when it ends: what its operator may know."""
 
@@ -77,6 +85,10 @@ class EnclaveReport(Versioned):
     timing: dict[str, Seconds]
     adapter_sha256: Sha256
     receipt_sha256: Sha256
+    receipt_body_sha256: Sha256
+    """What the parties have countersigned."""
+    countersignatures: dict[str, Countersignature]
+    """By party."""
 
 
 class AcceleratorReport(Versioned):

@@ -29,7 +29,7 @@ from cloister.masking.weights import GroupPlan
 from cloister.model.anatomy import load_tokenizer
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import stop_ids
-from cloister.party.results import come_back, keep_receipt, keep_results
+from cloister.party.results import come_back, completed, keep_receipt, keep_results
 from cloister.party.taking_part import (
     ANSWER_TOKENS,
     Counter,
@@ -143,6 +143,10 @@ class _Silo:
         job, entering, final = self._opened.resolved.job, self._entering, list[GlobalState]()
         worker = Worker(work, job, entering.party, self._progress, on_final=final.append)
         with self._session() as session:
+            done = completed(session, self._client, entering.out, released=entering.is_recipient)
+            if done is not None:
+                session.request("leave", {})
+                return done
             with task(self._progress, "waiting for the others") as waiting, task(self._progress, "training") as shown:
                 results = self._client.take_part(
                     session,

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from cloister.adapters.files import CONFIG, WEIGHTS
-from cloister.errors import CapacityError, TransportError, VerificationError
+from cloister.agreement.receipt import Receipt
+from cloister.errors import CapacityError, ProtocolError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
-from cloister.party.results import come_back, keep_receipt, keep_results, kept_results
+from cloister.party.results import come_back, completed, keep_receipt, keep_results, kept_results
+from cloister.report.outputs import Countersignature, EnclaveReport
 from tests.unit.enclave.stage import PARTIES, Stage, Wire
 
 
@@ -194,3 +196,77 @@ def test_an_enclave_that_is_gone_costs_only_results_that_are_damaged(
     with pytest.raises(TransportError) as error:
         come_back(attempt, tmp_path, client(stage), released=True)
     assert error.value.hint == "is it running?"
+
+
+@pytest.fixture
+def untold(results: dict[str, Results], tmp_path: Path) -> Path:
+    """North has kept its results, but heard of nobody's countersignature."""
+    keep_results(tmp_path / "north", results["north"])
+    keep_receipt(tmp_path / "north", replace(results["north"].receipt, countersignatures={}))
+    return tmp_path / "north"
+
+
+def concluded(receipt: Receipt) -> EnclaveReport:
+    """What an instance has noted that had all countersignatures."""
+    signed = {
+        party: Countersignature(time=at, signature=signature.hex())
+        for party, (at, signature) in receipt.countersignatures.items()
+    }
+    return EnclaveReport.model_construct(receipt_body_sha256=receipt.body_sha256.hex(), countersignatures=signed)
+
+
+def ask(stage: Stage, folder: Path, report: EnclaveReport | None) -> tuple[Results | None, list[str]]:
+    core = stage.enclave("second")
+    core.concluded = report
+    wire = Wire(core, "north")
+    return completed(wire, client(stage), folder, released=True), wire.methods()
+
+
+def test_countersignatures_that_an_earlier_instance_had_are_taken(
+    stage: Stage, results: dict[str, Results], untold: Path
+) -> None:
+    receipt = results["north"].receipt
+    found, asked = ask(stage, untold, concluded(receipt))
+    assert found is not None
+    assert found.complete
+    assert found.receipt == receipt
+    assert asked == ["countersignatures"]
+    assert (untold / "receipt.json").read_bytes() == receipt.to_bytes()
+    again, asked = ask(stage, untold, None)
+    assert again is not None
+    assert again.complete
+    assert asked == []
+
+
+def test_without_them_the_party_goes_on_as_usual(stage: Stage, results: dict[str, Results], untold: Path) -> None:
+    kept = (untold / "receipt.json").read_bytes()
+    other = concluded(results["north"].receipt).model_copy(update={"receipt_body_sha256": "0" * 64})
+    for report in (None, other):
+        assert ask(stage, untold, report) == (None, ["countersignatures"])
+    assert ask(stage, untold / "nothing", other) == (None, [])
+    assert (untold / "receipt.json").read_bytes() == kept
+
+
+def test_countersignatures_that_do_not_hold_are_refused(
+    stage: Stage, results: dict[str, Results], untold: Path
+) -> None:
+    kept = (untold / "receipt.json").read_bytes()
+    good = concluded(results["north"].receipt)
+    south = good.countersignatures["south"]
+    for signed in (
+        {"north": good.countersignatures["north"]},
+        {**good.countersignatures, "south": south.model_copy(update={"signature": "00" * 64})},
+        {**good.countersignatures, "south": south.model_copy(update={"time": south.time + 1})},
+        {**good.countersignatures, "west": south},
+    ):
+        with pytest.raises(VerificationError):
+            ask(stage, untold, good.model_copy(update={"countersignatures": signed}))
+    assert (untold / "receipt.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("entry", [1, [], [1], ["1", b""], [1, "00"], [True, b"\0" * 64], [-1, b"\0" * 64], [1, 2, 3]])
+def test_malformed_countersignatures_are_refused(stage: Stage, untold: Path, entry: object) -> None:
+    wire = Wire(stage.enclave("second"), "north")
+    wire.alter = lambda method, reply: {"countersignatures": {"north": entry}}
+    with pytest.raises((ProtocolError, VerificationError)):
+        completed(wire, client(stage), untold, released=True)
