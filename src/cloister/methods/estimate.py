@@ -73,9 +73,6 @@ class ModelSize:
     mapped: bool = True
     """Whether the weight files have the job's dtype: they are mapped then, and what is not used stays on disk."""
 
-    repacked: bool = False
-    """Whether frozen weights are copied for the products of each direction, see `model.repacked`."""
-
     @property
     def end(self) -> int:
         """Parameters outside the layers that one half uses: the embedding, or the head; both where they are one."""
@@ -104,13 +101,12 @@ def measure_model(
     adapter: int,
     whole_adapter: int,
     mapped: bool = True,
-    repacked: bool = False,
 ) -> ModelSize:
     """Sort a model's tensors into its two halves.
 
     Args:
         adapter: parameters that are trained in the latter layers; `whole_adapter`: in all layers.
-        mapped, repacked: see `ModelSize`.
+        mapped: see `ModelSize`.
     """
     by_layer = {name: _layer(name) for name in shapes}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -126,7 +122,6 @@ def measure_model(
         whole_adapter=whole_adapter,
         widest=max((max(shape) for shape in matrices(shapes).values()), default=hidden),
         mapped=mapped,
-        repacked=repacked,
     )
 
 
@@ -180,24 +175,33 @@ def bytes_down(test_examples: int, systems: int, adapter_bytes: int) -> int:
     return test_examples * systems * _RESULT_BYTES_PER_EXAMPLE + adapter_bytes
 
 
-def party_memory(model: ModelSize, parts: Sequence[PartCount], parameter_bytes: float, max_tokens: int) -> int:
-    """Peak resident memory of a party: embedding and former layers, all packed tokens, one pack in work."""
-    held = (model.end + model.former if model.mapped else model.total) + model.former * model.repacked
+def party_memory(
+    model: ModelSize, parts: Sequence[PartCount], parameter_bytes: float, max_tokens: int, copied_bytes: float
+) -> int:
+    """Peak resident memory of a party: embedding and former layers, all packed tokens, one pack in work.
+
+    Args:
+        copied_bytes: of weights that are repacked.
+    """
+    held = model.end + model.former if model.mapped else model.total
     integers = sum(8 * (4 * p.tokens + 3 * p.targets + 2 * p.groups) for p in parts)
     working = max_tokens * (6 * model.hidden + 2 * model.widest) * parameter_bytes
-    return int(PROCESS_BYTES + held * parameter_bytes + integers + working)
+    return int(PROCESS_BYTES + held * parameter_bytes + copied_bytes + integers + working)
 
 
-def enclave_memory(model: ModelSize, parameter_bytes: float, kept_bytes: float, cache_bytes: int) -> int:
+def enclave_memory(
+    model: ModelSize, parameter_bytes: float, kept_bytes: float, copied_bytes: float, cache_bytes: int
+) -> int:
     """Peak resident memory of the enclave.
 
     Args:
         kept_bytes: what a pack's forward pass keeps for the backward pass.
+        copied_bytes: of weights that are repacked, for both directions.
         cache_bytes: decrypted activations that it keeps between epochs, at most `[enclave] cache_mib`.
     """
-    held = (model.end + model.latter if model.mapped else model.total) + 2 * (model.end + model.latter) * model.repacked
+    held = model.end + model.latter if model.mapped else model.total
     optimiser = 16 * model.adapter  # weight, gradient and AdamW's two moments, fp32 each
-    return int(ENCLAVE_BYTES + held * parameter_bytes + kept_bytes + optimiser + cache_bytes)
+    return int(ENCLAVE_BYTES + held * parameter_bytes + copied_bytes + kept_bytes + optimiser + cache_bytes)
 
 
 def seconds(operations: float, operations_per_s: float) -> float:

@@ -6,8 +6,6 @@ job's own work. The arithmetic is in `estimate.py`.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,16 +22,14 @@ from cloister.job import Job
 from cloister.jobfile import LoadedJob, ModelFiles, find_model, resolve
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize
-from cloister.methods.plan_parts import MethodPlan
+from cloister.methods.plan_parts import MethodPlan, best_time
 from cloister.methods.plan_processes import busy_threads
 from cloister.methods.plan_slice import plan_slice
 from cloister.methods.plan_split import plan_split
-from cloister.model.anatomy import DTYPES, pick_device
-from cloister.model.repacked import pays
+from cloister.model.anatomy import DTYPES
 from cloister.progress import Progress, task
 from cloister.report.plan import PlanReport
 
-_BENCHMARK_S = 0.3
 _STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 """By [model] dtype: what safetensors calls it."""
 
@@ -88,16 +84,7 @@ def measure_rate(model: ModelSize, job: Job) -> float:
     dtype = DTYPES[job.model.dtype]
     x_TD = torch.randn(job.training.max_tokens, model.hidden, dtype=dtype)
     w_DF = torch.randn(model.hidden, model.widest, dtype=dtype)
-    before, best = torch.get_num_threads(), math.inf
-    torch.set_num_threads(1)
-    try:
-        end = time.perf_counter() + _BENCHMARK_S
-        while (started := time.perf_counter()) < end:
-            x_TD @ w_DF
-            best = min(best, time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return 2.0 * x_TD.numel() * model.widest / best * busy_threads(job.enclave)
+    return 2.0 * x_TD.numel() * model.widest / best_time(lambda: x_TD @ w_DF) * busy_threads(job.enclave)
 
 
 def _measure(config: Any, files: ModelFiles, job: Job, layers: int, cut: int) -> ModelSize:
@@ -118,7 +105,6 @@ def _measure(config: Any, files: ModelFiles, job: Job, layers: int, cut: int) ->
         adapter=_trained(job, shapes, config, layers, cut),
         whole_adapter=_trained(job, shapes, config, layers, 0),
         mapped=stored == {_STORED_AS[job.model.dtype]},
-        repacked=job.enclave.repack and pays(DTYPES[job.model.dtype], pick_device(job.enclave.device)),
     )
 
 

@@ -11,13 +11,15 @@ TORCHRUN_BYTES = 240 << 20
 """Resident memory of torchrun, which starts the processes and waits for them."""
 
 
-def team_memory(job: Job, model: ModelSize, parameter_bytes: float, kept_bytes: float, cache_bytes: int) -> int:
+def team_memory(
+    job: Job, model: ModelSize, parameter_bytes: float, kept_bytes: float, copied_bytes: float, cache_bytes: int
+) -> int:
     """Peak resident memory of all processes of the enclave of method `split` together.
 
     Each holds the whole model, or with `sharding = "full"` its part of the layers; the cache is shared out.
     """
     count = job.enclave.processes
-    own = estimate.enclave_memory(model, parameter_bytes, kept_bytes, cache_bytes // count)
+    own = estimate.enclave_memory(model, parameter_bytes, kept_bytes, copied_bytes, cache_bytes // count)
     if count == 1:
         return own
     elsewhere = int((count - 1) * model.latter * parameter_bytes) if job.enclave.sharding == "full" else 0

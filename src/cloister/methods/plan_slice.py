@@ -6,8 +6,6 @@ read. Times come from a moment of each kind of work on this machine.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +28,7 @@ from cloister.masking.weights import GroupPlan
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize, PartCount
 from cloister.methods.host import usable_cpus
-from cloister.methods.plan_parts import MethodPlan, describe_party
+from cloister.methods.plan_parts import MethodPlan, best_time, describe_party
 from cloister.model.anatomy import load_tokenizer
 from cloister.model.cut import Whole
 from cloister.model.hollow import hollow_model
@@ -42,7 +40,6 @@ from cloister.silo.model import IN_FLIGHT, insecure
 from cloister.training.loop import PackList
 from cloister.training.schedule import plan_steps
 
-_BENCHMARK_S = 0.3
 _MASKED_ROWS = 512
 
 
@@ -164,7 +161,7 @@ def measure_products(groups: Sequence[GroupPlan]) -> float:
     widest = max(groups[:-1], key=lambda group: group.inputs * group.outputs)
     z_TK = torch.randint(-(2**31), 2**31 - 1, (_MASKED_ROWS, widest.inputs), dtype=torch.int32)
     weight_KM = torch.randint(-127, 128, (widest.inputs, widest.outputs), dtype=torch.int8)
-    best = _best_time(lambda: modular_product(z_TK, weight_KM))
+    best = best_time(lambda: modular_product(z_TK, weight_KM))
     return _MASKED_ROWS * widest.inputs * widest.outputs / best
 
 
@@ -179,23 +176,7 @@ def measure_masks(groups: Sequence[GroupPlan]) -> float:
         z_TK = (x_TK * 1000.0).round_().to(torch.int32) + pad_TK
         (z_TK - pad_TK).to(torch.float32).mul_(0.001)
 
-    return x_TK.numel() / _best_time(mask)
-
-
-def _best_time(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some repetitions on one thread: an average would measure what else runs here."""
-    before, best = torch.get_num_threads(), math.inf
-    torch.set_num_threads(1)
-    try:
-        work()  # the first time it also tests what the processor offers
-        end = time.perf_counter() + _BENCHMARK_S
-        while best == math.inf or time.perf_counter() < end:
-            started = time.perf_counter()
-            work()
-            best = min(best, time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return best
+    return x_TK.numel() / best_time(mask)
 
 
 def _parts(data: PartyData) -> dict[str, PartCount]:

@@ -7,13 +7,11 @@ work on a few layers, or where those would not fit this machine, from the speed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import psutil
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from cloister.data.packing import Pack, pack_documents
@@ -23,7 +21,7 @@ from cloister.job import Job
 from cloister.jobfile import LoadedJob, ModelFiles
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize, PartCount
-from cloister.methods.plan_parts import MethodPlan, describe_party
+from cloister.methods.plan_parts import MethodPlan, describe_party, threads
 from cloister.methods.plan_processes import busy_threads, crowding, idleness, team_memory
 from cloister.methods.rehearsal import Cost, Rehearsal, rehearsal_bytes, rehearse
 from cloister.model.anatomy import load_tokenizer
@@ -76,8 +74,8 @@ def plan_split(
     warnings = []
     if sampled := [party.name for party in parties if party.sampled]:
         warnings.append(f"counts of tokens are extrapolated from {_SAMPLE} records per file: {', '.join(sampled)}")
-    with task(progress, "rehearsing on this machine"), _threads(busy_threads(job.enclave)):
-        if rehearsal_bytes(config, model.total) < psutil.virtual_memory().available // 2:
+    with task(progress, "rehearsing on this machine"), threads(busy_threads(job.enclave)):
+        if rehearsal_bytes(config, model.total, job.training.max_tokens) < psutil.virtual_memory().available // 2:
             costs = rehearse(config, job, _some(parties, "train"), _some(parties, "test"))
         else:
             costs = by_arithmetic(model, parties, job.training.max_tokens, rate())
@@ -154,17 +152,8 @@ def by_arithmetic(model: ModelSize, parties: Sequence[PartyCount], max_tokens: i
         training=cost(training, 2 * head * train.targets / train.tokens, latter),
         scoring=cost(scoring, head * test.targets / test.tokens, latter),
         kept=Cost(once=8.0 * model.vocabulary, layer=4.0 * (8 * model.hidden + 4 * model.widest)),
+        copied=Cost(once=4.0 * model.end, layer=4.0 * model.latter / latter),
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _some(parties: Sequence[PartyCount], kind: Kind) -> list[Pack]:
@@ -232,7 +221,13 @@ def _party_role(job: Job, model: ModelSize, party: PartyCount, costs: Rehearsal)
     return RolePlan(
         role="party",
         name=party.name,
-        memory_bytes=estimate.party_memory(model, parts, estimate.BYTES[job.model.dtype], job.training.max_tokens),
+        memory_bytes=estimate.party_memory(
+            model,
+            parts,
+            estimate.BYTES[job.model.dtype],
+            job.training.max_tokens,
+            model.cut * costs.copied.layer,
+        ),
         disk_bytes=bundles,
         bytes_up=estimate.bytes_up(bundles),
         bytes_down=estimate.bytes_down(party.parts["test"].records, systems, 4 * model.adapter if recipient else 0),
@@ -245,11 +240,12 @@ def _enclave_role(
 ) -> RolePlan:
     per_value = estimate.BYTES[job.model.dtype]
     cache = min(job.enclave.cache_mib << 20, int(train.tokens * model.hidden * per_value))
-    kept = job.training.max_tokens * costs.kept.of(model.layers - model.cut)
+    latter = model.layers - model.cut
+    kept = job.training.max_tokens * costs.kept.of(latter)
     return RolePlan(
         role="enclave",
         name="enclave",
-        memory_bytes=team_memory(job, model, per_value, kept, cache),
+        memory_bytes=team_memory(job, model, per_value, kept, 2 * costs.copied.of(latter), cache),
         disk_bytes=sum(role.disk_bytes for role in roles),
         bytes_up=sum(role.bytes_up for role in roles),
         bytes_down=sum(role.bytes_down for role in roles),

@@ -27,7 +27,7 @@ from cloister.job import Job
 from cloister.model import attention
 from cloister.model.anatomy import DTYPES
 from cloister.model.cut import Former, Latter
-from cloister.model.repacked import repack
+from cloister.model.repacked import RepackedLinear, repack
 from cloister.training.first_step import first_step
 from cloister.training.loop import PackList, Stepper
 from cloister.training.loss import target_nll
@@ -35,6 +35,8 @@ from cloister.training.loss import target_nll
 _LEAST_RUNS = 3
 _ENOUGH_S = 0.7
 """Of one kind of work; what takes longer is run `_LEAST_RUNS` times."""
+_LONG_S = 3.0
+"""What takes longer is run once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class Rehearsal:
     """A pass of the latter half over test packs, which have more targets."""
     kept: Cost
     """Bytes that are kept for the backward pass."""
+    copied: Cost
+    """Bytes of one copy of the weights that are repacked, of the latter half; of the model, not of a token."""
 
 
 def rehearse(config: Any, job: Job, train: Sequence[Pack], test: Sequence[Pack]) -> Rehearsal:
@@ -69,24 +73,32 @@ def rehearse(config: Any, job: Job, train: Sequence[Pack], test: Sequence[Pack])
         config: the model's configuration, of its architecture's class.
         train, test: packs to work on; a step is all of `train`. Neither is empty.
     """
-    text = config.get_text_config()
-    counts = range(2, min(3, text.num_hidden_layers) + 1)
-    former, training, scoring, kept = (list[float]() for _ in range(4))
-    for count in counts:
-        former.append(_former_s(_few(config, job, count), count - 1, train))
-        half = Latter(_few(config, job, count), 1)
-        seconds, held = _training_s(half, job, train, text.hidden_size)
-        training.append(seconds)
-        kept.append(held)
-        scoring.append(_scoring_s(half, test, text.hidden_size))
-    return Rehearsal(former=_cost(former), training=_cost(training), scoring=_cost(scoring), kept=_cost(kept))
+    counts = range(2, min(3, config.get_text_config().num_hidden_layers) + 1)
+    with torch.random.fork_rng(devices=[]):
+        found = [_with_layers(count, config, job, train, test) for count in counts]
+    former, training, scoring, kept, copied = (_cost(values) for values in zip(*found, strict=True))
+    return Rehearsal(former=former, training=training, scoring=scoring, kept=kept, copied=copied)
 
 
-def rehearsal_bytes(config: Any, parameters: int) -> int:
+def rehearsal_bytes(config: Any, parameters: int, max_tokens: int) -> int:
     """Memory that a rehearsal takes, about, for a model of so many parameters: its layers are taken to be alike."""
     text = config.get_text_config()
     outer = 2 * text.vocab_size * text.hidden_size
-    return 4 * int(outer + 3 * max(0, parameters - outer) / text.num_hidden_layers)
+    layers = 3 * max(0, parameters - outer) / text.num_hidden_layers
+    # Weights are there three times where they are repacked; logits and a layer's activations of one pack.
+    return 4 * int(3 * (outer + layers) + max_tokens * (3 * text.vocab_size + 100 * text.hidden_size))
+
+
+def _with_layers(
+    count: int, config: Any, job: Job, train: Sequence[Pack], test: Sequence[Pack]
+) -> tuple[float, float, float, float, float]:
+    """What `Rehearsal` consists of, in its order, with all layers but one in each half."""
+    hidden = config.get_text_config().hidden_size
+    former = _former_s(_few(config, job, count), count - 1, train)
+    half = Latter(_few(config, job, count), 1)
+    copied = sum(4.0 * m.weight.numel() for m in half.model.modules() if isinstance(m, RepackedLinear))
+    training, kept = _training_s(half, job, train, hidden)
+    return former, training, _scoring_s(half, test, hidden), kept, copied
 
 
 def _cost(per_token: Sequence[float]) -> Cost:
@@ -103,13 +115,13 @@ def _few(config: Any, job: Job, count: int) -> PreTrainedModel:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:count]
     attention.install()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=DTYPES[job.model.dtype]
-        )
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=DTYPES[job.model.dtype]
+    )
     model.requires_grad_(False)
-    repack(model, job.enclave.repack)
+    section = job.enclave
+    repack(model, section.repack and section.sharding != "full" and section.device in ("auto", "cpu"))
     return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -169,9 +181,13 @@ def _kept(half: Latter) -> Iterator[dict[int, int]]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The median of some runs, after one that does not count."""
+    """The median of some runs, after one that does not count; of what takes long, that one."""
+    began = time.perf_counter()
     work()
-    taken: list[float] = []
+    taken = [time.perf_counter() - began]
+    if taken[0] > _LONG_S:
+        return taken[0]
+    taken.clear()
     while len(taken) < _LEAST_RUNS or sum(taken) < _ENOUGH_S:
         began = time.perf_counter()
         work()

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 LEAST_WEIGHTS = 1 << 18
 """Smaller matrices stay as they are: they lie in the cache, and arranging them costs next to nothing."""
+_LOOKED_AT = 64
+"""Rows in which a change of the weight is looked for."""
 _ROWS = 512
 """Rows of the products for which weights are arranged; others are possible."""
 
 
 def repack(model: PreTrainedModel, wanted: bool = True) -> PreTrainedModel:
-    """`model` with repacked layers in place of its large linear ones; names, weights and results stay the same.
+    """`model` with repacked layers in place of its large linear ones; names and weights stay the same.
 
     Weights are copied when a layer is first used, once for each direction. Only float32 on the CPU gains by it; models
     in another dtype or elsewhere, and machines whose torch cannot do it, get the model back as it is.
@@ -84,7 +86,8 @@ class RepackedLinear(nn.Linear):
 class _Copies:
     """Of one weight, made when they are needed, and again when the weight has been changed in place.
 
-    PEFT merges an adapter through `weight.data`, of which torch keeps no count: so one value of each row is compared.
+    PEFT merges an adapter through `weight.data`, of which torch keeps no count: values of rows all over it are
+    compared. That finds a merge; whoever changes a few values in this way must `unpack` first.
     """
 
     def __init__(self) -> None:
@@ -104,10 +107,11 @@ class _Copies:
 
     def _of(self, weight_FD: Tensor, *, transposed: bool) -> Tensor:
         weight_FD = weight_FD.detach()
+        looked_at = weight_FD[:: max(1, len(weight_FD) // _LOOKED_AT), 0]
         made = self._made.get(transposed)
-        if made is None or made[0] != weight_FD._version or not torch.equal(made[1], weight_FD[:, 0]):
+        if made is None or made[0] != weight_FD._version or not torch.equal(made[1], looked_at):
             arranged = _arrange(weight_FD.t().contiguous() if transposed else weight_FD.contiguous())
-            made = self._made[transposed] = weight_FD._version, weight_FD[:, 0].clone(), arranged
+            made = self._made[transposed] = weight_FD._version, looked_at.clone(), arranged
         return made[2]
 
 
@@ -127,17 +131,22 @@ class _Product(torch.autograd.Function):
 def works() -> bool:
     """Whether this torch arranges weights and multiplies with them rightly; these are operators of its compiler."""
     generator = torch.Generator().manual_seed(0)
-    weight_FD = torch.randn(96, 64, generator=generator)
-    bias_F = torch.randn(96, generator=generator)
+    weight_FD, bias_F = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
     for rows in (1, 3, 600):
-        input_TD = torch.randn(rows, 64, generator=generator)
+        wide = torch.randn(rows, 2 * 96, generator=generator)
         try:
-            found = _multiply(input_TD, _arrange(weight_FD), bias_F)
+            forward = _multiply(wide[:, 96:160], _arrange(weight_FD), bias_F)
+            backward = _multiply(wide[:, 96:], _arrange(weight_FD.t().contiguous()), None)
         except (AttributeError, RuntimeError):  # not built with oneDNN, or another version of it
             return False
-        if not torch.allclose(found, linear(input_TD, weight_FD, bias_F), rtol=1e-4, atol=1e-4):
+        expected = linear(wide[:, 96:160], weight_FD, bias_F), linear(wide[:, 96:], weight_FD.t())
+        if not all(map(_close, (forward, backward), expected)):
             return False
     return True
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def _arrange(weight_FD: Tensor) -> Tensor:
@@ -151,4 +160,4 @@ def _multiply(input: Tensor, arranged: Tensor, bias_F: Tensor | None) -> Tensor:
     input_TD = input.reshape(-1, width).contiguous()
     input_TD = input_TD.as_strided(input_TD.shape, (width, 1))
     product_TF: Tensor = torch.ops.mkldnn._linear_pointwise(input_TD, arranged, bias_F, "none", [], "")
-    return product_TF.reshape(*input.shape[:-1], -1)
+    return product_TF.reshape(*input.shape[:-1], product_TF.shape[-1])

@@ -198,16 +198,16 @@ def test_validation_records_are_counted_as_they_are_chosen(job: LoadedJob, recor
 
 def test_memory_grows_with_what_it_should_grow_with() -> None:
     size = tiny_size()
-    small = estimate.enclave_memory(size, 4.0, 0.0, 0)
-    assert estimate.enclave_memory(size, 4.0, 0.0, 1 << 30) - small == 1 << 30
-    assert estimate.enclave_memory(size, 4.0, 1e6, 0) - small == 10**6
-    assert estimate.enclave_memory(size, 2.0, 0.0, 0) < small
+    small = estimate.enclave_memory(size, 4.0, 0.0, 0.0, 0)
+    assert estimate.enclave_memory(size, 4.0, 0.0, 0.0, 1 << 30) - small == 1 << 30
+    assert estimate.enclave_memory(size, 4.0, 1e6, 0.0, 0) - small == 10**6
+    assert estimate.enclave_memory(size, 2.0, 0.0, 0.0, 0) < small
     assert small == estimate.ENCLAVE_BYTES + 4 * (size.latter + 512 * HIDDEN + HIDDEN) + 16 * size.adapter
 
 
 def test_a_half_that_is_not_used_stays_in_its_file_unless_its_dtype_is_changed() -> None:
     size, part = tiny_size(), PartCount()
-    mapped, read = (estimate.party_memory(s, [part], 4.0, MAX_TOKENS) for s in (size, replace(size, mapped=False)))
+    mapped, read = (estimate.party_memory(s, [part], 4.0, MAX_TOKENS, 0.0) for s in (size, replace(size, mapped=False)))
     assert read - mapped == 4 * size.latter
 
 
@@ -218,7 +218,7 @@ def test_untied_ends_are_counted_apart() -> None:
 
 
 def test_a_model_too_large_to_rehearse_is_said_to_be(job: LoadedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_split, "rehearsal_bytes", lambda config, parameters: 1 << 60)
+    monkeypatch.setattr(plan_split, "rehearsal_bytes", lambda *_: 1 << 60)
     report = plan.plan_job(job, progress=Silent())
     assert any("would not fit here" in warning for warning in report.warnings)
     assert all(seconds > 0 for seconds in report.timing.values())

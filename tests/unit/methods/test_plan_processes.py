@@ -35,16 +35,16 @@ def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_process_holds_the_model_and_a_share_of_the_cache() -> None:
-    one = team_memory(job(), MODEL, 4.0, 1e6, 8 << 20)
-    three = team_memory(job(processes=3), MODEL, 4.0, 1e6, 9 << 20)
-    assert one == enclave_memory(MODEL, 4.0, 1e6, 8 << 20)
-    assert three == 3 * enclave_memory(MODEL, 4.0, 1e6, 3 << 20) + TORCHRUN_BYTES
+    one = team_memory(job(), MODEL, 4.0, 1e6, 3e6, 8 << 20)
+    three = team_memory(job(processes=3), MODEL, 4.0, 1e6, 3e6, 9 << 20)
+    assert one == enclave_memory(MODEL, 4.0, 1e6, 3e6, 8 << 20)
+    assert three == 3 * enclave_memory(MODEL, 4.0, 1e6, 3e6, 3 << 20) + TORCHRUN_BYTES
     assert three > 3 * ENCLAVE_BYTES
 
 
 def test_parted_layers_are_held_once_by_all_together() -> None:
-    whole = team_memory(job(processes=3), MODEL, 4.0, 0.0, 0)
-    assert whole - team_memory(job(processes=3, sharding="full"), MODEL, 4.0, 0.0, 0) == 2 * 4 * MODEL.latter
+    whole = team_memory(job(processes=3), MODEL, 4.0, 0.0, 0.0, 0)
+    assert whole - team_memory(job(processes=3, sharding="full"), MODEL, 4.0, 0.0, 0.0, 0) == 2 * 4 * MODEL.latter
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,17 @@ import torch
 
 from cloister.adapters.add import add_adapter
 from cloister.bench.shape import Shape, packs
-from cloister.job import Job
+from cloister.job import EnclaveSection, Job
 from cloister.methods import rehearsal
 from cloister.methods.rehearsal import Cost, Rehearsal, rehearse
+from cloister.model import repacked
 from cloister.model.cut import Latter
+from cloister.model.repacked import RepackedLinear, repack
 from cloister.training.loss import target_nll
 from tests.unit.model.tiny import CONFIGS, VOCABULARY, tiny_model
 
 PACKS = packs(Shape(vocabulary=VOCABULARY, tokens=96, packs=2))
-COSTS = ("former", "training", "scoring", "kept")
+COSTS = ("former", "training", "scoring", "kept")  # "copied" is nothing for models this small
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,39 @@ def test_what_is_kept_is_what_the_whole_half_keeps(name: str) -> None:
     assert costs.kept.of(3) * len(given) == pytest.approx(sum(kept.values()), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "enclave", "copied"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, False),
+        ("llama", {"repack": False}, False),
+        ("llama", {"device": "cuda"}, False),
+        ("llama", {"processes": 2, "sharding": "full"}, False),
+    ],
+)
+def test_copies_of_weights_are_those_that_a_half_makes(
+    monkeypatch: pytest.MonkeyPatch, name: str, enclave: dict[str, Any], copied: bool
+) -> None:
+    monkeypatch.setattr(repacked, "LEAST_WEIGHTS", 32 * 32)
+    asked = job().model_copy(update={"enclave": EnclaveSection(**enclave)})
+    costs = rehearse(CONFIGS[name], asked, PACKS, PACKS)
+    half = Latter(repack(tiny_model(name)), 1)
+    made = [4.0 * m.weight.numel() for m in half.model.modules() if isinstance(m, RepackedLinear)]
+    head = 4.0 * VOCABULARY * 32 if copied or (name == "gpt2") else 0.0
+    assert costs.copied.of(3) == (sum(made) if copied else head)
+    assert (costs.copied.layer > 0) == copied
+
+
+def test_what_takes_long_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_LEAST_RUNS", 5)
+    runs = []
+    rehearsal._seconds(lambda: runs.append(1))
+    assert len(runs) == 6
+    monkeypatch.setattr(rehearsal, "_LONG_S", 0.0)
+    rehearsal._seconds(lambda: runs.append(1))
+    assert len(runs) == 7
+
+
 def test_a_model_of_two_layers_has_no_other_to_compare_with() -> None:
     config = deepcopy(CONFIGS["llama"])
     config.num_hidden_layers = 2
@@ -84,5 +119,5 @@ def test_random_numbers_of_others_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    rehearsal._few(CONFIGS["llama"], job(), 2)
+    rehearse(CONFIGS["llama"], job(), PACKS, PACKS)
     assert torch.equal(torch.rand(4), expected)
