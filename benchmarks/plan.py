@@ -4,8 +4,8 @@ python benchmarks/plan.py [--tokens 6144] [--runs 1] [--shape 768x12x32000/6 ...
 
 A shape is HIDDENxLAYERSxVOCABULARY/CUT.
 
-Ratios of 1 are exact. "seconds" is former layers and training; bytes are those of parties' bundles and all else that is
-sent; memory is the largest process of a role. Nothing else may run meanwhile.
+Ratios of 1 are exact. "seconds" is everything to the end of training; bytes are those of parties' bundles and all else
+that is sent; memory is the largest process of a role. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def compare(shape: Shape, cut: int, tokens: int, runs: int) -> dict[str, object]
 def of_plan(report: PlanReport) -> dict[str, float]:
     memory = {r: max(role.memory_bytes for role in report.roles if role.role == r) for r in ("party", "enclave")}
     enclave = report.roles[-1]
-    former, training = report.timing["former layers"], report.timing["training"]
-    return figures(former, training, memory["party"], memory["enclave"], enclave.bytes_up + enclave.bytes_down)
+    before = report.timing["preparing"] + report.timing["former layers"]
+    return figures(
+        before, report.timing["training"], memory["party"], memory["enclave"], enclave.bytes_up + enclave.bytes_down
+    )
 
 
 def of_row(row: BenchSplitRow) -> dict[str, float]:

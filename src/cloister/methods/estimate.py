@@ -28,8 +28,14 @@ EFFICIENCY = 0.4
 
 PROCESS_BYTES = 440 << 20
 """Resident memory of a process that has loaded torch, transformers and PEFT and nothing else."""
-ENCLAVE_BYTES = 580 << 20
+ENCLAVE_BYTES = 660 << 20
 """The same of an enclave that has trained: what autograd, the optimiser and gRPC bring with them."""
+BACKWARD = 1.8
+"""Most memory of a step over what its forward pass keeps: gradients of activations come to it as those are used up."""
+PREPARING_S = 0.9
+"""Processor time of a role before its first pass, besides reading weights: records, sessions, manifest."""
+WEIGHTS_PER_S = 1e9
+"""Bytes of weights that a process maps and touches in a second."""
 
 _PACK_HEADER_BYTES = 900
 """Header of a pack's safetensors blob plus its three entries in the payload's index."""
@@ -196,12 +202,18 @@ def enclave_memory(
 
     Args:
         kept_bytes: what a pack's forward pass keeps for the backward pass.
-        copied_bytes: of weights that are repacked, for both directions.
+        copied_bytes: of weights that are repacked, for both directions, and the largest of them while it is copied.
         cache_bytes: decrypted activations that it keeps between epochs, at most `[enclave] cache_mib`.
     """
     held = model.end + model.latter if model.mapped else model.total
     optimiser = 16 * model.adapter  # weight, gradient and AdamW's two moments, fp32 each
-    return int(ENCLAVE_BYTES + held * parameter_bytes + copied_bytes + kept_bytes + optimiser + cache_bytes)
+    step = BACKWARD * kept_bytes + optimiser
+    return int(ENCLAVE_BYTES + held * parameter_bytes + copied_bytes + step + cache_bytes)
+
+
+def preparing_seconds(model: ModelSize, parameter_bytes: float, roles: int, cpus: int) -> float:
+    """From starting on the job to the first pass, of all roles on one machine."""
+    return roles * (PREPARING_S + model.total * parameter_bytes / WEIGHTS_PER_S) / min(cpus, roles)
 
 
 def seconds(operations: float, operations_per_s: float) -> float:

@@ -21,6 +21,7 @@ from cloister.job import Job
 from cloister.jobfile import LoadedJob, ModelFiles
 from cloister.methods import estimate
 from cloister.methods.estimate import ModelSize, PartCount
+from cloister.methods.host import usable_cpus
 from cloister.methods.plan_parts import MethodPlan, describe_party, threads
 from cloister.methods.plan_processes import busy_threads, crowding, idleness, team_memory
 from cloister.methods.rehearsal import Cost, Rehearsal, rehearsal_bytes, rehearse
@@ -245,7 +246,9 @@ def _enclave_role(
     return RolePlan(
         role="enclave",
         name="enclave",
-        memory_bytes=team_memory(job, model, per_value, kept, 2 * costs.copied.of(latter), cache),
+        memory_bytes=team_memory(
+            job, model, per_value, kept, 2 * costs.copied.of(latter) + 2 * costs.copied.once, cache
+        ),
         disk_bytes=sum(role.disk_bytes for role in roles),
         bytes_up=sum(role.bytes_up for role in roles),
         bytes_down=sum(role.bytes_down for role in roles),
@@ -261,6 +264,9 @@ def _timing(
     latter = model.layers - model.cut
     validations, systems = job.training.evaluations * validation, 1 + ("base" in job.evaluation.baselines)
     timing = {
+        "preparing": estimate.preparing_seconds(
+            model, estimate.BYTES[job.model.dtype], len(parties) + 1, usable_cpus()
+        ),
         "former layers": (train + validation + test) * costs.former.of(model.cut),
         "training": passes * train * costs.training.of(latter) + validations * costs.scoring.of(latter),
         "scoring": systems * test * costs.scoring.of(latter),
