@@ -24,8 +24,9 @@ from cloister.methods.estimate import ModelSize, PartCount
 from cloister.methods.host import usable_cpus
 from cloister.methods.plan_parts import MethodPlan, describe_party, threads
 from cloister.methods.plan_processes import busy_threads, crowding, idleness, team_memory
-from cloister.methods.rehearsal import Cost, Rehearsal, rehearsal_bytes, rehearse
-from cloister.model.anatomy import load_tokenizer
+from cloister.methods.rehearsal import Cost, Rehearsal, may_repack, rehearsal_bytes, rehearse
+from cloister.model.anatomy import DTYPES, load_tokenizer
+from cloister.model.repacked import pays
 from cloister.progress import Progress, task
 from cloister.report.model import Records, Truncated
 from cloister.report.plan import RolePlan
@@ -79,7 +80,7 @@ def plan_split(
         if rehearsal_bytes(config, model.total, job.training.max_tokens) < psutil.virtual_memory().available // 2:
             costs = rehearse(config, job, _some(parties, "train"), _some(parties, "test"))
         else:
-            costs = by_arithmetic(model, parties, job.training.max_tokens, rate())
+            costs = by_arithmetic(job, model, parties, rate())
             warnings.append("a few layers of the model would not fit here: times are those of matrix products, rough")
     train = _pooled(parties, "train")
     steps, passes = _steps(job, train)
@@ -136,7 +137,7 @@ def count_party(loaded: LoadedJob, name: str, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def by_arithmetic(model: ModelSize, parties: Sequence[PartyCount], max_tokens: int, rate: float) -> Rehearsal:
+def by_arithmetic(job: Job, model: ModelSize, parties: Sequence[PartyCount], rate: float) -> Rehearsal:
     """Costs from counting operations, at `rate` operations per second of a bare matrix product."""
 
     def cost(operations: float, head: float, layers: int) -> Cost:
@@ -144,7 +145,8 @@ def by_arithmetic(model: ModelSize, parties: Sequence[PartyCount], max_tokens: i
         return Cost(once=estimate.seconds(head, rate), layer=estimate.seconds(operations - head, rate) / layers)
 
     train, test = _pooled(parties, "train"), _pooled(parties, "test")
-    latter = model.layers - model.cut
+    latter, max_tokens = model.layers - model.cut, job.training.max_tokens
+    copy = 4.0 if may_repack(job) and pays(DTYPES[job.model.dtype], "cpu") else 0.0
     training = estimate.training_operations(model, train, 1.0, max_tokens, whole=False) / train.tokens
     scoring = estimate.scoring_operations(model, test, max_tokens, whole=False) / test.tokens
     head = 2.0 * model.hidden * model.vocabulary
@@ -153,7 +155,7 @@ def by_arithmetic(model: ModelSize, parties: Sequence[PartyCount], max_tokens: i
         training=cost(training, 2 * head * train.targets / train.tokens, latter),
         scoring=cost(scoring, head * test.targets / test.tokens, latter),
         kept=Cost(once=8.0 * model.vocabulary, layer=4.0 * (8 * model.hidden + 4 * model.widest)),
-        copied=Cost(once=4.0 * model.end, layer=4.0 * model.latter / latter),
+        copied=Cost(once=copy * model.end, layer=copy * model.latter / latter),
     )
 
 

@@ -80,6 +80,12 @@ def rehearse(config: Any, job: Job, train: Sequence[Pack], test: Sequence[Pack])
     return Rehearsal(former=former, training=training, scoring=scoring, kept=kept, copied=copied)
 
 
+def may_repack(job: Job) -> bool:
+    """Whether the job's roles repack weights, as far as its file decides."""
+    section = job.enclave
+    return section.repack and section.sharding != "full" and section.device in ("auto", "cpu")
+
+
 def rehearsal_bytes(config: Any, parameters: int, max_tokens: int) -> int:
     """Memory that a rehearsal takes, about, for a model of so many parameters: its layers are taken to be alike."""
     text = config.get_text_config()
@@ -120,8 +126,7 @@ def _few(config: Any, job: Job, count: int) -> PreTrainedModel:
         config, dtype=DTYPES[job.model.dtype]
     )
     model.requires_grad_(False)
-    section = job.enclave
-    repack(model, section.repack and section.sharding != "full" and section.device in ("auto", "cpu"))
+    repack(model, may_repack(job))
     return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -145,10 +150,8 @@ def _training_s(half: Latter, job: Job, packs: Sequence[Pack], hidden: int) -> t
     stepper = Stepper(half, adapted, steps)
     with _kept(half) as kept:
         target_nll(half, source[0])
-    members = range(len(packs))
-    return _seconds(lambda: stepper.step(source, members, 1e-6, where="plan")) / tokens, sum(kept.values()) / len(
-        packs[0]
-    )
+    seconds = _seconds(lambda: stepper.step(source, range(len(packs)), 1e-6, where="plan"))
+    return seconds / tokens, sum(kept.values()) / len(packs[0])
 
 
 def _scoring_s(half: Latter, packs: Sequence[Pack], hidden: int) -> float:

@@ -220,6 +220,9 @@ def test_untied_ends_are_counted_apart() -> None:
 def test_a_model_too_large_to_rehearse_is_said_to_be(job: LoadedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_split, "rehearsal_bytes", lambda *_: 1 << 60)
     report = plan.plan_job(job, progress=Silent())
+    job.path.write_text(JOB + "[enclave]\nrepack = false\n")
+    without = plan.plan_job(load_job(job.path), progress=Silent())
+    assert without.roles[-1].memory_bytes < report.roles[-1].memory_bytes
     assert any("would not fit here" in warning for warning in report.warnings)
     assert all(seconds > 0 for seconds in report.timing.values())
     assert all(role.memory_bytes > 0 for role in report.roles)
