@@ -101,6 +101,7 @@ def test_a_stopped_one_is_noticed_at_the_deadline(tmp_path: Path) -> None:
     with accelerator(listen, folder=tmp_path) as (command, _), AcceleratorClient(listen, timeout_s=5) as client:
         assert works(client)
         command.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, command.process.pid, os.WSTOPPED)  # returns when the last thread stands still
         with pytest.raises(TransportError, match="within 5 s"):
             client.submit("g", "forward", Z)()
 
