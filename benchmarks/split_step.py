@@ -4,12 +4,14 @@ python benchmarks/split_step.py [--cut 6 9] [--runs 5] [--tokens 1024] [--hidden
 
 All systems lie in one process and take a step in turn, so that whatever else the machine does falls on all of them;
 seconds are the process's own processor time (with OMP_WAIT_POLICY=passive, so that waiting costs none). The former part
-is what a party computes once for the same tokens. Ratios are of medians.
+is what a party computes once for the same tokens. "plain" is without repacked weights. Ratios are of medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import tempfile
 import time
@@ -87,11 +89,12 @@ def measure(workload: Workload, cuts: list[int], tokens: int, runs: int) -> dict
         "peft": peft_step(Whole(load_model(path, "float32")), workload, packs),
         "whole": our_step(Whole(repack(load_model(path, "float32"))), workload, packs, 0),
     }
-    for cut in cuts:
-        former = Former(repack(load_model(path, "float32")), cut)
-        given = activations(former, packs)
-        steps[f"latter {cut}"] = our_step(Latter(repack(load_model(path, "float32")), cut), workload, given, cut)
-        steps[f"former {cut}"] = lambda former=former: activations(former, packs)  # type: ignore[misc]
+    for cut, plain in itertools.product(cuts, (False, True)):
+        name = f"{cut} plain" if plain else str(cut)
+        former = Former(repack(load_model(path, "float32"), wanted=not plain), cut)
+        latter = Latter(repack(load_model(path, "float32"), wanted=not plain), cut)
+        steps[f"latter {name}"] = our_step(latter, workload, activations(former, packs), cut)
+        steps[f"former {name}"] = functools.partial(activations, former, packs)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(runs + 1):  # the first warms up
         for name, step in steps.items():
@@ -104,8 +107,12 @@ def measure(workload: Workload, cuts: list[int], tokens: int, runs: int) -> dict
     for cut in cuts:
         latter, former_s = middle[f"latter {cut}"], middle[f"former {cut}"]
         ratios[f"peft / latter {cut}"] = middle["peft"] / latter
+        ratios[f"latter {cut}, plain / repacked"] = middle[f"latter {cut} plain"] / latter
+        ratios[f"former {cut}, plain / repacked"] = middle[f"former {cut} plain"] / former_s
         ratios[f"bound {cut}"] = workload.layers / (workload.layers - cut)
         ratios[f"3 epochs, cut {cut}, without all else"] = 3 * middle["peft"] / (3 * latter + former_s)
+        plain_s = 3 * middle[f"latter {cut} plain"] + middle[f"former {cut} plain"]
+        ratios[f"3 epochs, cut {cut}, plain, without all else"] = 3 * middle["peft"] / plain_s
     share = sum(len(pack.target_pos_N) for pack in packs) / filled
     return {"tokens": filled, "packs": len(packs), "target_share": share, "cpu_seconds": seconds, "ratios": ratios}
 
