@@ -32,16 +32,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6144, help="of all silos, once")
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--shape", nargs="+", default=SHAPES)
+    parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="HIDDENxLAYERSxVOCABULARY/CUT", type=shape)
     asked = parser.parse_args()
     found = {}
     for text in asked.shape:
         print(text, file=sys.stderr)
-        sizes, _, cut = text.partition("/")
-        hidden, layers, vocabulary = map(int, sizes.split("x"))
-        shape = Shape(hidden=hidden, layers=layers, vocabulary=vocabulary)
-        found[text] = compare(shape, int(cut), asked.tokens, asked.runs)
+        found[text] = compare(*shape_and_cut(text), asked.tokens, asked.runs)
     print(json.dumps(found, indent=1))
+
+
+def shape(text: str) -> str:
+    shape_and_cut(text)  # argparse reports its ValueError
+    return text
+
+
+def shape_and_cut(text: str) -> tuple[Shape, int]:
+    sizes, _, cut = text.partition("/")
+    hidden, layers, vocabulary = map(int, sizes.split("x"))
+    return Shape(hidden=hidden, layers=layers, vocabulary=vocabulary), int(cut)
 
 
 def compare(shape: Shape, cut: int, tokens: int, runs: int) -> dict[str, object]:

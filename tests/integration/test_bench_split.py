@@ -75,6 +75,7 @@ def test_every_system_reaches_the_same_loss(tmp_path: Path, make_job: MakeJob) -
         (["--system", "flower"], "--system"),
         (["--loss", "1.0"], "--loss"),
         (["--model", "somewhere"], "--model"),
+        (["--hidden", "65"], "--hidden"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, arguments: list[str], where: str) -> None:

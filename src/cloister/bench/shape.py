@@ -46,8 +46,8 @@ class Shape:
 
 
 def config(shape: Shape) -> LlamaConfig:
-    """Llama's proportions: the MLP is 8/3 as wide, heads have 64 or 128 dimensions."""
-    heads = max(1, shape.hidden // (128 if shape.hidden >= 1024 else 64))
+    """Llama's proportions: the MLP is 8/3 as wide, heads have 64 dimensions, or 128 from a width of 1024 on."""
+    heads = shape.hidden // (128 if shape.hidden >= 1024 and shape.hidden % 128 == 0 else 64)
     return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,

@@ -19,9 +19,21 @@ from cloister.jobfile import load_job
 from cloister.methods.processes import end_with_parent
 from cloister.progress import task
 
+HEAD = 64
+"""Width of a random Llama's attention heads; large ones have heads twice as wide where that comes out even."""
+
 app = typer.Typer(name="bench", help="Measure systems side by side on this machine.", no_args_is_help=True)
 
-Hidden = Annotated[int, typer.Option("--hidden", min=64, help="Width of the random Llama.")]
+
+def _whole_heads(hidden: int) -> int:
+    if hidden % HEAD:
+        raise UsageError(f"{hidden} is not a multiple of {HEAD}, the width of a head", where="--hidden")
+    return hidden
+
+
+Hidden = Annotated[
+    int, typer.Option("--hidden", min=HEAD, callback=_whole_heads, help=f"Width of the random Llama: heads of {HEAD}.")
+]
 Vocabulary = Annotated[int, typer.Option("--vocabulary", min=16, help="Its tokens; embedding and head are one.")]
 Systems = Annotated[
     list[str] | None,

@@ -76,6 +76,8 @@ def plan_split(
     warnings = []
     if sampled := [party.name for party in parties if party.sampled]:
         warnings.append(f"counts of tokens are extrapolated from {_SAMPLE} records per file: {', '.join(sampled)}")
+    if job.enclave.device not in ("auto", "cpu"):
+        warnings.append(f"[enclave] device: times are of this machine's processors, not of {job.enclave.device}")
     with task(progress, "rehearsing on this machine"), threads(busy_threads(job.enclave)):
         if rehearsal_bytes(config, model.total, job.training.max_tokens) < psutil.virtual_memory().available // 2:
             costs = rehearse(config, job, _some(parties, "train"), _some(parties, "test"))

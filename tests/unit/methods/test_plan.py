@@ -228,6 +228,12 @@ def test_a_model_too_large_to_rehearse_is_said_to_be(job: LoadedJob, monkeypatch
     assert all(role.memory_bytes > 0 for role in report.roles)
 
 
+def test_times_of_a_device_are_said_to_be_those_of_processors(job: LoadedJob) -> None:
+    job.path.write_text(JOB + '[enclave]\ndevice = "cuda"\n')
+    warnings = plan.plan_job(load_job(job.path), progress=Silent()).warnings
+    assert any("this machine's processors, not of cuda" in warning for warning in warnings)
+
+
 def test_the_command_prints_a_plan_and_nothing_else(job: LoadedJob, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(job.path), "--json"]) == 0
     printed = capfd.readouterr()
