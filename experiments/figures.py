@@ -22,6 +22,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+_TICKS = (-10, -2, -1, 0, 1, 2, 5, 10, 50, 200)
 _MARKS = ("o", "s", "^", "D", "v")
 
 
@@ -32,10 +33,13 @@ def differences(systems: Mapping[str, Sequence[Row]], path: Path) -> None:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 0.42 * len(compared) + 1.4), sharey=True, layout="constrained")
         _forest(axes[0], compared, [ALL], "all test records")
-        _forest(axes[1], compared, [p for p in parties if p != ALL], "each party")
+        _forest(axes[1], compared, [p for p in parties if p != ALL], "each party; logarithmic beyond 2 %")
+        axes[1].set_xscale("symlog", linthresh=2, linscale=1.5)
+        axes[1].set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+        axes[1].minorticks_off()
         axes[0].set_yticks(range(len(compared)), list(compared))
         axes[0].invert_yaxis()
-        axes[1].legend(fontsize=8, frameon=False, loc="best")
+        axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         _save(figure, path)
 
 
@@ -63,26 +67,22 @@ def _forest(axis: Axes, systems: Mapping[str, Sequence[Row]], parties: Sequence[
             capsize=2,
             label=party,
         )
-    axis.set_xlabel("bits per byte against centralised, % (dotted: margin)")
+    axis.set_xlabel("bits per byte, % more (dotted: margin)")
     axis.set_title(title, fontsize=9)
 
 
 def ablations(tables: Mapping[str, Mapping[str, Sequence[Row]]], path: Path) -> None:
-    """Bits per byte of every ablation, one panel each."""
+    """Relative difference of bits per byte to the reference, one panel for each ablation, all on one scale."""
+    lines = -(-len(tables) // 2)
     with plt.rc_context(_STYLE):
-        figure, grid = plt.subplots(
-            -(-len(tables) // 2), 2, figsize=(10, 2.4 * -(-len(tables) // 2)), layout="constrained"
-        )
+        figure, grid = plt.subplots(lines, 2, figsize=(10, 2.4 * lines), sharex=True, layout="constrained")
         axes = list(grid.flat)
         for axis, (title, systems) in zip(axes, tables.items(), strict=False):
-            found = [next(row for row in rows if row.party == ALL) for rows in systems.values()]
-            values = [row.bits.value for row in found]
-            axis.plot(values, range(len(values)), "o", color="black", markersize=4)
-            axis.set_yticks(range(len(values)), list(systems), fontsize=8)
+            _forest(axis, systems, [ALL], title)
+            axis.set_yticks(range(len(systems)), list(systems), fontsize=8)
             axis.invert_yaxis()
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel("bits per byte")
-            axis.margins(0.1, 0.2)
+            axis.margins(y=0.2)
+            axis.tick_params(labelbottom=True)
         for axis in axes[len(tables) :]:
             axis.remove()
         _save(figure, path)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister.errors import DataError
 from cloister.job import Job
 from cloister.report.model import ALL
 from experiments import figures
 from experiments.page import ablation_table, main_table, margins, party_table, points, relative, verdict_table
 from experiments.run import Done
 from experiments.study import MAIN, REFERENCE, Arm, Budget
-from experiments.tables import Columns, Row, columns, rows
+from experiments.tables import Columns, Row, columns, rows, together
 
 Facts = dict[str, tuple[str, str]]
 """Trained parameters and learning rate, by title."""
@@ -76,15 +77,20 @@ def _compared(results: Results, arm: Arm) -> list[Row]:
 
 
 def _ablation(results: Results, title: str) -> tuple[dict[str, list[Row]], Facts]:
-    """Rows of one table, compared with the first seed of the reference where the parties are the same."""
+    """Rows of one table, compared with the first seed of the reference."""
     found, facts = {}, {}
-    reference = _columns(results.main[REFERENCE][:1])
+    reference = _together(results, results.main[REFERENCE][0])
     for arm in results.tables[title]:
-        done = results.ablated[title][arm.name][:1]
-        own = _columns(done)
-        found[arm.title] = rows(own, reference if own.keys() == reference.keys() else None)
-        facts[arm.title] = _facts(arm, done[0])
+        done = results.ablated[title][arm.name][0]
+        found[arm.title] = rows(_together(results, done), reference)
+        facts[arm.title] = _facts(arm, done)
     return found, facts
+
+
+def _together(results: Results, done: Done) -> dict[str, Columns]:
+    if done.outcome is None:
+        raise DataError("training diverged", where=f"job {done.job_id[:16]}")
+    return together(done.outcome.scores, [party.name for party in results.base.party])
 
 
 def _columns(done: Sequence[Done]) -> dict[str, Columns]:

@@ -6,7 +6,7 @@ not of other seeds. How far the seeds lie apart stands beside them. The margins 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,8 +67,19 @@ def columns(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, Columns]:
         for party, scores in first.items()
     }
     found = {party: _average(scores) for party, scores in by_party.items()}
-    pooled = [_concatenated([scores[i] for scores in by_party.values()]) for i in range(len(seeds))]
+    pooled = [_concatenated([scores[i] for scores in by_party.values()], list(by_party)) for i in range(len(seeds))]
     return {**found, ALL: _average(pooled)}
+
+
+def together(scores: Mapping[str, Scores], sets: Sequence[str]) -> dict[str, Columns]:
+    """All examples of one seed, in an order that does not depend on which silo of its set holds an example."""
+    pooled = _concatenated(scores.values(), [_set_of(party, sets) for party in scores])
+    return {ALL: _average([pooled.take(np.argsort(pooled.example_id, kind="stable"))])}
+
+
+def _set_of(party: str, sets: Sequence[str]) -> str:
+    """The set that a party of `silos.split_silos`, or of none, has its records from."""
+    return max((name for name in sets if party == name or party.startswith(f"{name}.")), key=len)
 
 
 def _average(seeds: Sequence[Scores]) -> Columns:
@@ -81,9 +92,11 @@ def _average(seeds: Sequence[Scores]) -> Columns:
     )
 
 
-def _concatenated(parts: Sequence[Scores]) -> Scores:
+def _concatenated(scores: Collection[Scores], names: Sequence[str]) -> Scores:
+    """One after the other; a part's name goes before its examples' ids."""
+    parts = list(scores)
     return Scores(
-        example_id=[f"{index}:{i}" for index, part in enumerate(parts) for i in part.example_id],
+        example_id=[f"{name}:{i}" for name, part in zip(names, parts, strict=True) for i in part.example_id],
         task=[t for part in parts for t in part.task],
         bits=np.concatenate([p.bits for p in parts]),
         response_bytes=np.concatenate([p.response_bytes for p in parts]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from experiments import figures
 from experiments.page import BEGIN, END, replace_section, table, verdict, verdict_table
-from experiments.tables import Row, columns, rows
+from experiments.tables import Row, columns, rows, together
 
 from cloister.errors import DataError
 from cloister.evaluation.scores import Scores
@@ -80,6 +80,15 @@ def test_p_values_of_parties_are_holm_corrected_and_that_of_all_is_not() -> None
     corrected = sorted((both[p] or 0.0) for p in PARTIES)
     assert corrected == pytest.approx([min(1, 2 * plain[0]), max(min(1, 2 * plain[0]), plain[1])])
     assert both["all"] == alone["all"]
+
+
+def test_silos_of_a_set_are_compared_with_the_whole_set() -> None:
+    whole, other = scores(seed=1), scores(0.02, seed=2)
+    silos = {f"{p}.{i + 1}": s.take(np.arange(i, len(s), 2)[::-1]) for p, s in other.items() for i in range(2)}
+    expected = rows(together(other, PARTIES), together(whole, PARTIES))
+    assert rows(together(silos, PARTIES), together(whole, PARTIES)) == expected
+    assert expected[0].party == "all"
+    assert expected[0].relative == pytest.approx(rows(columns([other]), columns([whole]))[-1].relative)
 
 
 def test_accuracy_that_fell_by_ten_points_is_not_shown_to_be_kept() -> None:
