@@ -135,7 +135,9 @@ def serve(folder: Path, public: bytes, pipe: Any) -> None:
     settings = ResponderSettings(
         job_id=JOB, public_keys={PARTY: public}, attester=InsecureSimulatedAttester(measurement=bytes(32))
     )
-    store = IncomingStore(folder, job_id=JOB, public_keys={PARTY: public}, max_payload_bytes=1 << 40)
+    store = IncomingStore(
+        folder, job_id=JOB, public_keys={PARTY: public}, chunk_bytes=1 << 20, max_payload_bytes=1 << 40
+    )
     server = EnclaveServer(
         "127.0.0.1:0",
         responder_factory=lambda: Responder(settings),

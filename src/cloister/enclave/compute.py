@@ -15,6 +15,7 @@ from cloister.crypto.bundle import SealedReader, VerifiedBundle
 from cloister.crypto.keys import DataKey
 from cloister.data.activations import Schema
 from cloister.data.payload import Payload
+from cloister.data.tokens import Example
 from cloister.enclave.pool import Pool
 from cloister.errors import CloisterError, JobError, ProtocolError
 from cloister.evaluation.scores import Scores, score
@@ -98,10 +99,10 @@ def run_training(
     adapted = add_adapter(latter, job.adapter, first_layer=work.cut, seed=job.job.seed, first_step=placed_by)
     work.team.require_same(dict(adapted.named_parameters()), "the model with its adapter")
     work.place(latter, adapted)
-    validation = work.payloads.get("validation", {})
+    validation = [(p, p.examples()) for p in work.payloads.get("validation", {}).values()]
 
     def validate() -> float:
-        scores = [score(latter, p, p.examples(), where=p.where, team=work.team) for p in validation.values()]
+        scores = [score(latter, p, examples, where=p.where, team=work.team) for p, examples in validation]
         return float(sum(s.bits.sum() for s in scores) / sum(s.response_bytes.sum() for s in scores))
 
     result = train(
@@ -138,17 +139,23 @@ def run_scoring(
 
     Raises: as `run_training`.
     """
-    return {system: _score(work, adapted, system, on_tokens) for system in work.systems}
+    tests = {party: (payload, _test_examples(work, payload)) for party, payload in work.payloads["test"].items()}
+    found = {}
+    for system in work.systems:
+        with adapted.disable_adapter() if system == "base" else nullcontext():
+            found[system] = {
+                party: score(work.latter, payload, examples, where=payload.where, on_pack=on_tokens, team=work.team)
+                for party, (payload, examples) in tests.items()
+            }
+    return found
 
 
-def _score(work: Work, adapted: PeftModel, system: str, on_tokens: Callable[[int], None]) -> dict[str, Scores]:
-    with adapted.disable_adapter() if system == "base" else nullcontext():
-        return {
-            party: score(
-                work.latter, payload, payload.examples(), where=payload.where, on_pack=on_tokens, team=work.team
-            )
-            for party, payload in work.payloads["test"].items()
-        }
+def _test_examples(work: Work, payload: Payload) -> list[Example]:
+    """Raises: ProtocolError: there are more than the job allows, so that one party's test would hold up all others."""
+    examples, most = payload.examples(), work.job.evaluation.max_examples
+    if most is not None and len(examples) > most:
+        raise ProtocolError(f"there are {len(examples)} examples, the job takes {most}", where=payload.where)
+    return examples
 
 
 def _open(opened: ExitStack, job: Job, latter: Latter, where: str, bundle: VerifiedBundle, key: DataKey) -> Payload:

@@ -32,7 +32,9 @@ class SliceService:
         bundles = out / "bundles"
         bundles.mkdir(parents=True, exist_ok=True)
         # Nobody may send bundles: data stay with the parties.
-        self.incoming = IncomingStore(bundles, job_id=opened.resolved.job_id, public_keys={}, max_payload_bytes=0)
+        self.incoming = IncomingStore(
+            bundles, job_id=opened.resolved.job_id, public_keys={}, chunk_bytes=0, max_payload_bytes=0
+        )
         self._commitments = CommitmentIntake(opened.kinds, allow_insecure=insecure_simulated)
         self.intake: Intake = self._commitments
         self._board = RoundBoard(tuple(opened.parties))

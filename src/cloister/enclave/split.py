@@ -40,6 +40,7 @@ class SplitService:
             bundles,
             job_id=opened.resolved.job_id,
             public_keys=opened.parties,
+            chunk_bytes=opened.resolved.job.transport.chunk_mib << 20,
             max_payload_bytes=opened.resolved.job.enclave.max_bundle_mib << 20,
         )
         self._bundles = BundleIntake(self.incoming, opened.kinds)

@@ -211,7 +211,7 @@ def server(folder: Path) -> EnclaveServer:
         "127.0.0.1:0",
         responder_factory=lambda: Responder(settings()),
         handler=echo,
-        incoming=IncomingStore(folder, job_id=JOB, public_keys={}, max_payload_bytes=0),
+        incoming=IncomingStore(folder, job_id=JOB, public_keys={}, chunk_bytes=0, max_payload_bytes=0),
     )
 
 

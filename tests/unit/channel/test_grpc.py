@@ -47,6 +47,9 @@ class NowAttester(CountingAttester):
         self._real._clock = time.time
 
 
+CHUNK = 1 << 16
+
+
 class Enclave:
     """A running server."""
 
@@ -55,7 +58,7 @@ class Enclave:
         self.attester = NowAttester()
         shared = settings(attester=self.attester)
         self.store = IncomingStore(
-            folder, job_id=JOB, public_keys={PARTY: KEY.public}, max_payload_bytes=max_payload_bytes
+            folder, job_id=JOB, public_keys={PARTY: KEY.public}, chunk_bytes=CHUNK, max_payload_bytes=max_payload_bytes
         )
         self.server = EnclaveServer(
             "127.0.0.1:0",
@@ -195,7 +198,7 @@ def test_a_port_in_use(enclave: Enclave) -> None:
 
 
 def sealed(tmp_path: Path, size: int = 3 << 20, **changes: Any) -> Path:
-    limits = {"chunk_bytes": 1 << 16, "max_payload_bytes": size}
+    limits = {"chunk_bytes": CHUNK, "max_payload_bytes": size}
     write(tmp_path / "out", os.urandom(size), KEY, **(limits | changes))
     return tmp_path / "out"
 

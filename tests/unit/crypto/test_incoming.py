@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cloister.crypto.bundle import IncomingBundle, IncomingStore, UnverifiedHeader, read_header
 from cloister.crypto.keys import PartyKey
 from cloister.errors import CapacityError, DataError, ProtocolError, VerificationError
-from tests.unit.crypto.bundles import JOB, PARTY, header, slow_read, write
+from tests.unit.crypto.bundles import CHUNK, JOB, PARTY, header, slow_read, write
 
 KEY = PartyKey.generate()
 
@@ -32,7 +32,12 @@ class Sent:
 
 def receiver(folder: Path, *, max_payload_bytes: int = 1 << 20) -> IncomingBundle:
     return IncomingBundle(
-        folder / "in", job_id=JOB, party=PARTY, public_key=KEY.public, max_payload_bytes=max_payload_bytes
+        folder / "in",
+        job_id=JOB,
+        party=PARTY,
+        public_key=KEY.public,
+        chunk_bytes=CHUNK,
+        max_payload_bytes=max_payload_bytes,
     )
 
 
@@ -218,7 +223,12 @@ def test_disk_full_keeps_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_is_gone_and_a_part_that_cannot_be_read(tmp_path: Path) -> None:
     sent = Sent(tmp_path)
     gone = IncomingBundle(
-        tmp_path / "none" / "in", job_id=JOB, party=PARTY, public_key=KEY.public, max_payload_bytes=1 << 20
+        tmp_path / "none" / "in",
+        job_id=JOB,
+        party=PARTY,
+        public_key=KEY.public,
+        chunk_bytes=CHUNK,
+        max_payload_bytes=1 << 20,
     )
     with pytest.raises(DataError, match="cannot write"):
         sent.begin(gone)
@@ -280,8 +290,19 @@ def test_a_part_that_went_bad_on_disk(tmp_path: Path) -> None:
     assert incoming.feed(start, sent.data[start:])
 
 
+def test_chunks_of_another_size_than_the_jobs(tmp_path: Path) -> None:
+    """A hash is kept of every chunk: a party must not choose how many there are."""
+    sent, incoming = Sent(tmp_path, chunk_bytes=2 * CHUNK), receiver(tmp_path)
+    with pytest.raises(VerificationError, match="chunks of 128 bytes") as refused:
+        sent.begin(incoming)
+    assert (refused.value.code, refused.value.where) == ("header", PARTY)
+    assert not incoming.part.exists()
+
+
 def test_store(tmp_path: Path) -> None:
-    store = IncomingStore(tmp_path, job_id=JOB, public_keys={PARTY: KEY.public}, max_payload_bytes=1 << 20)
+    store = IncomingStore(
+        tmp_path, job_id=JOB, public_keys={PARTY: KEY.public}, chunk_bytes=CHUNK, max_payload_bytes=1 << 20
+    )
     assert store(header()) is store(header()) is store.expected(PARTY, "train")
     assert store(header(kind="test")) is not store(header())
     assert store(header()).path == tmp_path / "hospital-a.train.bundle"

@@ -122,7 +122,7 @@ class Stage:
         (self.folder / store).mkdir(exist_ok=True)
         source = changes.pop("attester", attester())
         incoming = IncomingStore(
-            self.folder / store, job_id=self.job_id, public_keys=self.parties, max_payload_bytes=4096
+            self.folder / store, job_id=self.job_id, public_keys=self.parties, chunk_bytes=64, max_payload_bytes=4096
         )
         values: dict[str, Any] = {
             "job_id": self.job_id,

@@ -17,14 +17,16 @@ from cloister.enclave.server import responder_settings
 from cloister.enclave.slice import SliceService
 from cloister.enclave.split import SplitService
 from cloister.errors import CloisterError, ProtocolError, VerificationError
-from cloister.job import EnclaveSection
+from cloister.job import EnclaveSection, TransportSection
 from tests.unit.channel.peers import JOB, KEY, MEASUREMENT, NOW, PARTY, CountingAttester, appraise, initiator, shake
 
 
 def opened() -> Any:
     """What the services look at of an opened job."""
     return SimpleNamespace(
-        resolved=SimpleNamespace(job_id=JOB, job=SimpleNamespace(enclave=EnclaveSection())),
+        resolved=SimpleNamespace(
+            job_id=JOB, job=SimpleNamespace(enclave=EnclaveSection(), transport=TransportSection())
+        ),
         parties={PARTY: KEY.public},
         kinds=("train", "validation", "test"),
     )

@@ -47,6 +47,7 @@ def job(stage: Stage) -> Job:
             "training": {"steps": 2, "batch_tokens": 16, "max_tokens": MAX_TOKENS},
             "party": [{"name": n, "public_key": key.public.hex()} for n, key in stage.keys.items()],
             "transport": {"activation_dtype": "float32"},
+            "evaluation": {"max_examples": 5},
             "checkpoint": {"count": 0},
         }
     )
@@ -96,7 +97,7 @@ def prepare(
                 kind=kind,  # type: ignore[arg-type]  # one of KINDS
                 schema=(schema or declared) if name == "south" else declared,
                 counts={},
-                chunk_bytes=1024,
+                chunk_bytes=64,
                 max_payload_bytes=1 << 20,
             )
             path = tmp_path / "bundle"
@@ -292,6 +293,13 @@ def test_a_table_that_does_not_fit_the_packs(tmp_path: Path, content: Content) -
     assert isinstance(played.error, ProtocolError)
     assert played.error.where.startswith("test bundle of south")
     told(played)
+
+
+def test_more_test_examples_than_the_job_takes(tmp_path: Path) -> None:
+    played = play(tmp_path, test=lambda write: write_payload(write, packs(9, count=3), examples("south", 6), "float32"))
+    assert isinstance(played.error, ProtocolError)
+    assert "there are 6 examples, the job takes 5" in str(played.error)
+    assert "test bundle of south" in str(played.error)
 
 
 def test_a_header_that_declares_something_else(tmp_path: Path) -> None:

@@ -25,9 +25,23 @@ MAX_BEGINNINGS = 64
 
 
 class IncomingBundle:
-    """One expected bundle. Safe to call from several connections: bytes are taken only at the current offset."""
+    """One expected bundle. Safe to call from several connections: bytes are taken only at the current offset.
 
-    def __init__(self, path: Path | str, *, job_id: str, party: str, public_key: bytes, max_payload_bytes: int) -> None:
+    Args:
+        chunk_bytes: the job's. A hash of 32 bytes is kept of every chunk, so that a party that chose small ones could
+            make memory grow with what it sends.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        job_id: str,
+        party: str,
+        public_key: bytes,
+        chunk_bytes: int,
+        max_payload_bytes: int,
+    ) -> None:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
         self.bundle: VerifiedBundle | None = None
@@ -35,6 +49,7 @@ class IncomingBundle:
         self._job_id = job_id
         self._party = party
         self._public_key = public_key
+        self._chunk_bytes = chunk_bytes
         self._max_payload_bytes = max_payload_bytes
         self._lock = threading.Lock()
         self._header: BundleHeader | None = None
@@ -52,12 +67,15 @@ class IncomingBundle:
 
         A part with another header is discarded: that bundle was begun anew by its party.
 
-        Raises: VerificationError if the header is not this party's for this job; CapacityError if it claims more
-            than this server takes, or the bundle was begun anew too often; ProtocolError if another bundle is complete
-            already.
+        Raises: VerificationError if the header is not this party's for this job, or its chunks are of another size;
+            CapacityError if it claims more than this server takes, or the bundle was begun anew too often;
+            ProtocolError if another bundle is complete already.
         """
         unverified = UnverifiedHeader.parse(encoded_header, signature)
         header = self.check(unverified)
+        if header.chunk_bytes != self._chunk_bytes:
+            message = f"the bundle has chunks of {header.chunk_bytes} bytes, the job has {self._chunk_bytes}"
+            raise VerificationError("header", message, where=self._party, hint="seal it with [transport] chunk_mib")
         if header.max_payload_bytes > self._max_payload_bytes:
             raise CapacityError(
                 f"the bundle may hold {header.max_payload_bytes} bytes, this enclave takes {self._max_payload_bytes}",
@@ -217,11 +235,18 @@ class IncomingStore:
     """The bundles that an enclave expects, one per party and kind, in one folder (`PARTY.KIND.bundle`)."""
 
     def __init__(
-        self, folder: Path | str, *, job_id: str, public_keys: Mapping[str, bytes], max_payload_bytes: int
+        self,
+        folder: Path | str,
+        *,
+        job_id: str,
+        public_keys: Mapping[str, bytes],
+        chunk_bytes: int,
+        max_payload_bytes: int,
     ) -> None:
         self.folder = Path(folder)
         self._job_id = job_id
         self._public_keys = dict(public_keys)
+        self._chunk_bytes = chunk_bytes
         self._max_payload_bytes = max_payload_bytes
         self._bundles: dict[tuple[str, str], IncomingBundle] = {}
         self._lock = threading.Lock()
@@ -244,6 +269,7 @@ class IncomingStore:
                     job_id=self._job_id,
                     party=party,
                     public_key=self._public_keys[party],
+                    chunk_bytes=self._chunk_bytes,
                     max_payload_bytes=self._max_payload_bytes,
                 )
             return self._bundles[party, kind]
