@@ -12,6 +12,7 @@ too: those of systems split and slice are what `cloister run` takes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cloister.progress import Progress, task
 from experiments.page import replace_section
 from experiments.report import Results, write_report
 from experiments.run import Study
+from experiments.shira import takes
 from experiments.silos import prepare_files
 from experiments.study import MAIN, MAIN_SILOS, RATES, Budget, ablations
 
@@ -62,7 +64,8 @@ def study(
     base: Job, budget: Budget, out: Path, layers: int, cut: int, workers: int, progress: Progress, *, ablate: bool
 ) -> Results:
     """Train and score everything: one seed of the main table first, then ablations, then the other seeds."""
-    tables = ablations(cut, layers) if ablate else {}
+    model_type = json.loads((Path(base.model.path) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    tables = ablations(cut, layers, shira=takes(model_type)) if ablate else {}
     first, *others = budget.seeds
     with Study(base, budget, out, workers=workers, progress=progress) as running:
         running.tune([*MAIN, *(arm for arms in tables.values() for arm in arms)])

@@ -77,6 +77,23 @@ def party_table(systems: Mapping[str, Sequence[Row]], parties: Sequence[str], *,
     )
 
 
+def difference_table(systems: Mapping[str, Sequence[Row]], parties: Sequence[str], *, accuracy: bool) -> str:
+    """How far a system is from the reference: interval, and two-sided p, Holm-corrected over the parties."""
+
+    def cell(row: Row) -> str:
+        text, p = (points(row), row.accuracy_p) if accuracy else (relative(row), row.bits_p)
+        return text if p is None else f"{text}, {p_value(p)}"
+
+    return table(
+        ("system", *parties, ALL),
+        [
+            (title, *(cell(_of(rows, party)) for party in (*parties, ALL)))
+            for title, rows in systems.items()
+            if rows[0].bits_p is not None
+        ],
+    )
+
+
 def verdict_table(systems: Mapping[str, Sequence[Row]], parties: Sequence[str], *, accuracy: bool) -> str:
     """Is a system shown to be no worse than the centralised one by the margin? Holm-corrected p, one-sided."""
     lines = []
@@ -93,18 +110,29 @@ def verdict(p: float | None) -> str:
     """ "yes" where shown at the level of 5 %."""
     if p is None:
         return ""
-    shown = "yes" if p < LEVEL else "not shown"
-    return f"{shown} (p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
+    return f"{'yes' if p < LEVEL else 'not shown'} ({p_value(p)})"
 
 
-def ablation_table(systems: Mapping[str, Sequence[Row]], facts: Mapping[str, tuple[str, str]]) -> str:
-    """All parties together, without verdicts: one seed."""
+def p_value(p: float) -> str:
+    """ "p 0.012"; the smallest that the bootstrap can tell from 0 is 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
+def ablation_table(
+    systems: Mapping[str, Sequence[Row]], beside: Mapping[str, Row], origin: str, facts: Mapping[str, tuple[str, str]]
+) -> str:
+    """All parties together, without verdicts: one seed.
+
+    Args:
+        beside: by title, the same against `origin`, the system that one thing is changed in; not `origin` itself.
+    """
+    lines = []
+    for title, rows in systems.items():
+        row, other = _of(rows, ALL), beside.get(title)
+        changed = "" if other is None or other.bits_p is None else f"{relative(other)}, {p_value(other.bits_p)}"
+        lines.append((title, *facts[title], estimate(row.bits), relative(row), changed, percent(row.accuracy)))
     return table(
-        ("system", "trained", "rate", "bits per byte", "against centralised", "accuracy"),
-        [
-            (title, *facts[title], estimate(row.bits), relative(row), percent(row.accuracy))
-            for title, row in ((title, _of(rows, ALL)) for title, rows in systems.items())
-        ],
+        ("system", "trained", "rate", "bits per byte", "against centralised", f"against {origin}", "accuracy"), lines
     )
 
 

@@ -12,6 +12,11 @@ from cloister.job import AdapterSection
 from cloister.model.cut import Whole
 
 
+def takes(model_type: str) -> bool:
+    """Whether PEFT's SHiRA can be put into such models: it takes `nn.Linear`, and GPT-2's layers are `Conv1D`."""
+    return model_type != "gpt2"
+
+
 def add_shira(half: Whole, section: AdapterSection, *, first_layer: int, seed: int) -> PeftModel:
     """Put SHiRA into the modules whose rows SPF would train, with as many weights as its ratio gives there.
 

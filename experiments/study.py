@@ -79,8 +79,12 @@ REFERENCE = "central"
 """What everything is compared with."""
 
 
-def ablations(cut: int, layers: int) -> dict[str, list[Arm]]:
-    """One thing changed at a time; the arm of the main table that it is changed in stands among them."""
+def ablations(cut: int, layers: int, *, shira: bool = True) -> dict[str, list[Arm]]:
+    """One thing changed at a time; the arm of the main table that it is changed in stands among them.
+
+    Args:
+        shira: False where PEFT's SHiRA cannot take the model's layers.
+    """
     main = {arm.name: arm for arm in MAIN}
     lora, spf = main["split-lora"], main["split-spf"]
     cuts = sorted({1, layers // 2, layers - 2} - {cut, 0})
@@ -91,7 +95,7 @@ def ablations(cut: int, layers: int) -> dict[str, list[Arm]]:
         "SPF: which heads and rows, and SHiRA": [
             spf,
             *(_spf(f"criterion {c}", criterion=c) for c in ("l2", "grad", "random")),
-            _arm("shira", "SHiRA, random places", "shira", _SPF),
+            *([_arm("shira", "SHiRA, random places", "shira", _SPF)] if shira else []),
         ],
         "Cut": [
             *(_changed(lora, f"cut {c}", model={"cut": c}) for c in cuts if c < cut), lora,
@@ -165,4 +169,7 @@ def make_cell(arm: Arm, base: Job, budget: Budget, *, seed: int, rate: float, tu
 def _share(tokens: int, steps: int, max_tokens: int, budget: Budget) -> dict[str, int]:
     """A party's steps for its share: a fifth of all, of fewer tokens where silos are more, but of one pack at least."""
     batch = max(min(budget.batch_tokens, tokens * MAIN_SILOS // steps), max_tokens)
-    return {"batch_tokens": batch, "steps": max(budget.rounds, tokens // batch)}
+    steps = max(budget.rounds, tokens // batch)
+    if batch == max_tokens:  # it may not divide the share; what is left over is spread over the steps
+        batch = max(tokens // steps, max_tokens)
+    return {"batch_tokens": batch, "steps": steps}

@@ -7,7 +7,8 @@ not of other seeds. How far the seeds lie apart stands beside them. The margins 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,12 @@ class Row:
     """The same as a share of the reference's."""
     relative_interval: tuple[float, float] | None = None
     accuracy_difference: Difference | None = None
+    bits_p: float | None = None
+    """Two-sided p-value of "no difference"; this and the following are Holm-corrected over the parties, and that of
+    all together is by itself."""
+    accuracy_p: float | None = None
     bits_not_worse: float | None = None
-    """One-sided p-value, Holm-corrected over the parties; that of all together is by itself."""
+    """One-sided."""
     accuracy_not_worse: float | None = None
 
 
@@ -126,7 +131,7 @@ def _compared(row: Row, own: Columns, other: Columns) -> Row:
     difference = statistics.bits_per_byte_difference(own.bits, other.bits, own.response_bytes)
     base = float(other.bits.sum() / other.response_bytes.sum())
     low, high = difference.interval or (difference.delta, difference.delta)
-    judged = bool(own.share.size)
+    judged = statistics.share_difference(own.share, other.share) if own.share.size else None
     return Row(
         party=row.party,
         bits=row.bits,
@@ -135,7 +140,9 @@ def _compared(row: Row, own: Columns, other: Columns) -> Row:
         bits_difference=difference,
         relative=difference.delta / base,
         relative_interval=(low / base, high / base),
-        accuracy_difference=statistics.share_difference(own.share, other.share) if judged else None,
+        accuracy_difference=judged,
+        bits_p=difference.p,
+        accuracy_p=judged.p if judged else None,
         bits_not_worse=statistics.bits_not_worse(own.bits, other.bits, own.response_bytes, BITS_MARGIN),
         accuracy_not_worse=statistics.share_not_worse(own.share, other.share, ACCURACY_MARGIN) if judged else None,
     )
@@ -143,23 +150,11 @@ def _compared(row: Row, own: Columns, other: Columns) -> Row:
 
 def _holm(compared: Sequence[Row]) -> list[Row]:
     """p-values of the parties corrected as one family for each question."""
-    parties = [row for row in compared if row.party != ALL]
-    bits = dict(zip((r.party for r in parties), statistics.holm([_p(r.bits_not_worse) for r in parties]), strict=True))
-    judged = [row for row in parties if row.accuracy_not_worse is not None]
-    accuracy = dict(
-        zip((r.party for r in judged), statistics.holm([_p(r.accuracy_not_worse) for r in judged]), strict=True)
-    )
-    return [
-        Row(
-            **{
-                **vars(row),
-                "bits_not_worse": bits.get(row.party, row.bits_not_worse),
-                "accuracy_not_worse": accuracy.get(row.party, row.accuracy_not_worse),
-            }
-        )
-        for row in compared
-    ]
-
-
-def _p(value: float | None) -> float:
-    return 1.0 if value is None else value
+    found = list(compared)
+    for question in ("bits_p", "accuracy_p", "bits_not_worse", "accuracy_not_worse"):
+        asked = [i for i, row in enumerate(compared) if row.party != ALL and getattr(row, question) is not None]
+        corrected = statistics.holm([getattr(compared[i], question) for i in asked])
+        for i, p in zip(asked, corrected, strict=True):
+            change: Any = {question: p}
+            found[i] = replace(found[i], **change)
+    return found

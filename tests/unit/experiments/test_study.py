@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from experiments.shira import takes
 from experiments.silos import split_silos
-from experiments.study import FOR_RATES, MAIN, RATES, Arm, Budget, ablations, make_cell
+from experiments.study import FOR_RATES, MAIN, RATES, Arm, Budget, _share, ablations, make_cell
 
 from cloister.job import Job
 
@@ -28,6 +29,20 @@ def test_every_arm_is_a_job_with_the_budget(arm: Arm, base: Job, tmp_path_factor
     assert (training.learning_rate, training.keep, training.evaluations) == (0.01, "last", 0)
     assert cell.job.job.seed == 2
     assert cell.judged == "test"
+
+
+@pytest.mark.parametrize("silos", [5, 20, 50])
+def test_shares_of_silos_add_up_to_the_budget(silos: int) -> None:
+    share = _share(80 * 2048 // silos, 80, 512, BUDGET)
+    assert silos * share["steps"] * share["batch_tokens"] == pytest.approx(80 * 2048, rel=0.001)
+    assert share["batch_tokens"] >= 512
+    assert share["steps"] >= BUDGET.rounds
+
+
+def test_shira_is_left_out_where_peft_cannot_put_it() -> None:
+    arms = {arm.name for table in ablations(2, 8, shira=takes("gpt2")).values() for arm in table}
+    assert "shira" not in arms
+    assert arms < {arm.name for table in ablations(2, 8, shira=takes("llama")).values() for arm in table}
 
 
 def test_names_are_unique_and_rates_are_those_of_arms_that_are_tuned() -> None:
