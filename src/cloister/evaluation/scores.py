@@ -15,6 +15,7 @@ from cloister.data.packing import Pack
 from cloister.data.tokens import Example
 from cloister.errors import DataError, ProtocolError
 from cloister.model.cut import Whole
+from cloister.training.ahead import ahead
 from cloister.training.loop import PackSource
 from cloister.training.loss import target_nll
 from cloister.training.team import Alone, Team
@@ -137,12 +138,11 @@ def _all_nats(
     """((example, role), nats) of each group of all packs, of which each process works on its share."""
     share, rows = team.share(source.tokens), list[tuple[float, float, float]]()
     with torch.no_grad():
-        for index in share.own:
-            pack = source[index]
+        for pack in ahead(source, share.own):
             rows += [(example, role, value) for (example, role), value in _group_nats(half, pack)]
             on_pack(len(pack))
-        for index in share.idle:
-            _group_nats(half, source[index])
+        for pack in ahead(source, share.idle):
+            _group_nats(half, pack)
     if others := sum(source.tokens) - sum(source.tokens[index] for index in share.own):
         on_pack(others)
     for example, role, value in team.gather(torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)).tolist():

@@ -23,6 +23,7 @@ from cloister.data.packing import Pack
 from cloister.errors import RunError
 from cloister.job import TrainingSection
 from cloister.model.cut import Whole
+from cloister.training.ahead import ahead
 from cloister.training.checkpoint import Checkpoint, Point
 from cloister.training.loss import target_nll
 from cloister.training.schedule import learning_rate, pack_seed, plan_steps
@@ -166,7 +167,7 @@ class Stepper:
         if self._owner is None:
             return []
         with torch.no_grad():
-            losses = {i: float(self._loss(source, i, max(1, source.targets[i]))) for i in members}
+            losses = {i: float(self._loss(source[i], max(1, source.targets[i]))) for i in members}
         return list(dict.fromkeys(self._owner(i) for i in members if not math.isfinite(losses[i])))
 
     def _accumulate(self, source: PackSource, members: Sequence[int]) -> float:
@@ -174,9 +175,10 @@ class Stepper:
         num_targets = sum(source.targets[i] for i in members)
         if self._in_flight == 1:
             share = self._team.share([source.tokens[i] for i in members])
-            loss = sum(self._backward(source, members[place], num_targets) for place in share.own)
-            for place in share.idle:
-                (self._loss(source, members[place], num_targets) * 0.0).backward()  # type: ignore[no-untyped-call]
+            own, idle = ([members[place] for place in places] for places in (share.own, share.idle))
+            loss = sum(self._backward(pack, i, num_targets) for i, pack in zip(own, ahead(source, own), strict=True))
+            for pack in ahead(source, idle):
+                (self._loss(pack, num_targets) * 0.0).backward()  # type: ignore[no-untyped-call]
             return self._team.total(self._parameters, loss)
         total = 0.0
         tasks = [partial(self._gradients, source, index, num_targets) for index in members]
@@ -187,18 +189,18 @@ class Stepper:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return total
 
-    def _loss(self, source: PackSource, index: int, num_targets: int) -> Tensor:
-        return target_nll(self._half, source[index].to(self._half.device)).sum() / num_targets
+    def _loss(self, pack: Pack, num_targets: int) -> Tensor:
+        return target_nll(self._half, pack.to(self._half.device)).sum() / num_targets
 
-    def _backward(self, source: PackSource, index: int, num_targets: int) -> float:
+    def _backward(self, pack: Pack, index: int, num_targets: int) -> float:
         if self._draw:
             torch.manual_seed(pack_seed(*self._draw, index))
-        loss = self._loss(source, index, num_targets)
+        loss = self._loss(pack, num_targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
     def _gradients(self, source: PackSource, index: int, num_targets: int) -> tuple[float, tuple[Tensor | None, ...]]:
-        loss = self._loss(source, index, num_targets)
+        loss = self._loss(source[index], num_targets)
         return loss.item(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
