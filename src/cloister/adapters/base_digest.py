@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _BLOCK_VALUES = 1 << 24
 """Values hashed at a time, so that hashing needs little memory of its own."""
@@ -22,3 +23,8 @@ def base_digest(weights: Iterable[Tensor]) -> bytes:
         for block in torch.split(weight_MK.detach(), rows):
             digest.update(block.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight holds floating-point numbers themselves. Some quantised weights are tensors that only say so."""
+    return type(weight) in (Tensor, nn.Parameter, DTensor) and weight.is_floating_point() and weight.element_size() > 1

@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from cloister.adapters.registry import TunerType
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PTUNING_TYPE, PREFIX_TYPE = "CLOISTER_PTUNING", "PREFIX_TUNING"
+PREFIX_TYPES = (TunerType.PTUNING, "PREFIX_TUNING")
 """What a configuration of prefixes has for `peft_type`: our tuner's, and PEFT's own."""
 
 
 def can_merge(files: Mapping[str, bytes]) -> bool:
     """Whether the adapter is a change of weights; prefixes are not."""
-    return json.loads(files[CONFIG]).get("peft_type") not in (PTUNING_TYPE, PREFIX_TYPE)
+    return json.loads(files[CONFIG]).get("peft_type") not in PREFIX_TYPES
 
 
 def adapter_sha256(files: Mapping[str, bytes]) -> str:

@@ -43,3 +43,14 @@ def test_trained_parameters_are_those_of_the_adapter(name: str, section: dict[st
     adapted = add_adapter(Latter(model, CUT), adapter, first_layer=CUT, seed=0)
     expected = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained_parameters(adapter, sizes, 2) == expected
+
+
+@pytest.mark.parametrize(("tied", "share"), [(False, 0.267), (True, 0.3)])
+def test_few_key_value_heads_train_more_than_the_ratio(tied: bool, share: float) -> None:
+    """As the documentation says, of a model whose MLP is three times as wide."""
+    shapes = {"q_proj": (64, 64), "k_proj": (16, 64), "v_proj": (16, 64), "gate_proj": (192, 64), "up_proj": (192, 64)}
+    sizes = Sizes(hidden=64, heads=Heads(query=8, key_value=2), head_width=8, matrices=shapes)
+    section = AdapterSection(kind="spf", ratio=0.25, tie_groups=tied, lora_modules=[])
+    assert trained_parameters(section, sizes, 1) / sum(m * k for m, k in shapes.values()) == pytest.approx(
+        share, abs=1e-3
+    )

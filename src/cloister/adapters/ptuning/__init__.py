@@ -6,10 +6,9 @@ add        putting them into a model or its latter half, as a job asks
 release    what of an adapter is exported
 """
 
-from cloister.adapters.files import PTUNING_TYPE
 from cloister.adapters.ptuning.model import PrefixedAttention, PTuningConfig, PTuningModel
-from cloister.adapters.registry import register_tuner
+from cloister.adapters.registry import TunerType, register_tuner
 
 __all__ = ["PTuningConfig", "PTuningModel", "PrefixedAttention"]
 
-register_tuner(PTUNING_TYPE, PTuningConfig, PTuningModel)
+register_tuner(TunerType.PTUNING, PTuningConfig, PTuningModel)

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cloister.adapters.base_digest import base_digest
-from cloister.adapters.files import PTUNING_TYPE
+from cloister.adapters.base_digest import base_digest, is_plain
 from cloister.adapters.ptuning.prefix import PrefixedCache, PrefixEncoder, cache_argument, find_attention
+from cloister.adapters.registry import TunerType
+from cloister.adapters.settings import is_count, not_layers, refuse
 from cloister.errors import AdapterError
 from cloister.model.anatomy import find_anatomy
 from cloister.model.attention import causal_behind, seeing_prefix
@@ -33,7 +34,11 @@ _INITIAL_STD = 0.02
 
 @dataclass
 class PTuningConfig(PeftConfig):
-    """Which layers get a prefix of how many tokens."""
+    """Which layers get a prefix of how many tokens.
+
+    Raises:
+        AdapterError: a value is of another type or outside its range.
+    """
 
     num_virtual_tokens: int = 16
     encoder_hidden_size: int | None = None
@@ -51,9 +56,16 @@ class PTuningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PTUNING_TYPE
-        if self.num_virtual_tokens < 1:
-            raise AdapterError(f"a prefix has at least 1 token, not {self.num_virtual_tokens}")
+        self.peft_type = TunerType.PTUNING
+        tokens, hidden = self.num_virtual_tokens, self.encoder_hidden_size
+        faults = {
+            "num_virtual_tokens": not is_count(tokens) and f"must be at least 1, got {tokens!r}",
+            "encoder_hidden_size": hidden is not None
+            and not is_count(hidden)
+            and f"must be at least 1, got {hidden!r}",
+            "layers_to_transform": not_layers(self.layers_to_transform),
+        }
+        refuse("PTuningConfig", faults)
 
 
 class PrefixedAttention(nn.Module, BaseTunerLayer):
@@ -70,6 +82,11 @@ class PrefixedAttention(nn.Module, BaseTunerLayer):
         self.encoders: dict[str, tuple[PrefixEncoder, int]] = {}
         self._cache = cache_argument(base_layer) or "past_key_values"
         self.merged_adapters: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The base layer's."""
+        return next(self.base_layer.parameters()).device
 
     def prefix(self, adapter: str) -> Tensor | None:
         """(2, G, P, d) in fp32, None if this layer has none of that name."""
@@ -88,6 +105,12 @@ class PrefixedAttention(nn.Module, BaseTunerLayer):
         hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), count_P, hidden_BTD)
         return self.base_layer(*args, **kwargs, prefix_tokens=count_P)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT asks the base layer's weight, and an attention module has none of its own.
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.device)
+        if adapter_name in self.encoders:
+            self.encoders[adapter_name][0].to(device or self.device)
 
 
 def _widened(mask: Tensor | None, prefix_tokens: int, hidden_BTD: Tensor) -> Tensor | None:
@@ -140,14 +163,13 @@ class PTuningModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, PrefixedAttention) else PrefixedAttention(target)
-        device = next(layer.base_layer.parameters()).device
         if peft_config.encoder_hidden_size is None:
             heads, width = head_shape(self.model.config)
-            initial = torch.empty(2, heads, peft_config.num_virtual_tokens, width, device=device)
+            initial = torch.empty(2, heads, peft_config.num_virtual_tokens, width, device=layer.device)
             layer.ptuning_prefix[adapter_name] = nn.Parameter(initial.normal_(std=_INITIAL_STD))
         else:
             slot = (peft_config.layers_to_transform or []).index(int(current_key.split(".")[-2]))
-            layer.encoders[adapter_name] = (self._encoder(peft_config, adapter_name, device), slot)
+            layer.encoders[adapter_name] = (self._encoder(peft_config, adapter_name, layer.device), slot)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -159,7 +181,8 @@ class PTuningModel(BaseTuner):
         hidden, layers = config.encoder_hidden_size or 0, len(config.layers_to_transform or [])
         if adapter_name not in self.ptuning_encoder:
             made = PrefixEncoder(config.num_virtual_tokens, heads, width, hidden, layers)
-            self.ptuning_encoder[adapter_name] = made.to(device)
+            # On "meta" it waits for a file's tensors.
+            self.ptuning_encoder[adapter_name] = made if made.embedding.weight.is_meta else made.to(device)
         encoder = self.ptuning_encoder[adapter_name]
         if not isinstance(encoder, PrefixEncoder):
             raise TypeError("not a prefix encoder")
@@ -198,6 +221,36 @@ class PTuningModel(BaseTuner):
             if isinstance(module, PrefixedAttention):
                 module.encoders.pop(adapter_name, None)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.ptuning_encoder:
+                self.ptuning_encoder[name].requires_grad_(requires_grad)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Name in a file; PEFT derives the way back from it, and looks for the adapter's name near the end only."""
+        before, found, after = key.partition(f"ptuning_encoder.{adapter_name}.")
+        if found:
+            return f"{before}ptuning_encoder.{after}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Refuse a file that does not hold just what this adapter has, before anything is taken."""
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        saved = {name: tensor.shape for name, tensor in state_dict.items() if cls.prefix in name}
+        differing = saved.items() ^ {name: tensor.shape for name, tensor in own.items()}.items()
+        if differing:
+            raise AdapterError(
+                "the saved prefixes do not fit the adapter's configuration",
+                where=min(name for name, _ in differing),
+                hint="its files were altered, or its configuration is another adapter's",
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     def _check_merge_allowed(self) -> None:
         raise AdapterError(
             "a prefix cannot be merged: it is keys and values in front of a layer's own, not a change of weights",
@@ -214,7 +267,7 @@ def _check_base(config: PTuningConfig, layers: Sequence[nn.Module]) -> None:
     names = config.target_modules or []
     attention = [module for layer in (layers[0], layers[-1]) for name, module in layer.named_modules() if name in names]
     weights = [p for module in attention for n, p in module.named_parameters() if p.dim() == 2 and "ptuning_" not in n]
-    if not weights or not all(p.is_floating_point() and p.element_size() > 1 for p in weights):
+    if not weights or not all(is_plain(p) for p in weights):
         return  # behind masks or quantised: they cannot be told
     found = base_digest(weights).hex()
     if config.base_sha256 not in (None, found):

@@ -12,12 +12,12 @@ projection. Storage, gradient and optimiser state exist for chosen rows only (as
     model       the PEFT tuner that puts all this into a model
 """
 
-from cloister.adapters.registry import register_tuner
-from cloister.adapters.spf.config import PEFT_TYPE, SPFConfig
+from cloister.adapters.registry import TunerType, register_tuner
+from cloister.adapters.spf.config import SPFConfig
 from cloister.adapters.spf.layer import SPFLayer
 from cloister.adapters.spf.model import SPFModel
 from cloister.adapters.spf.rank import gradient_norms
 
 __all__ = ["SPFConfig", "SPFLayer", "SPFModel", "gradient_norms"]
 
-register_tuner(PEFT_TYPE, SPFConfig, SPFModel)
+register_tuner(TunerType.SPF, SPFConfig, SPFModel)

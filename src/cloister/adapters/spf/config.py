@@ -12,10 +12,9 @@ from typing import Any, get_args
 from peft import PeftConfig
 from torch import Tensor
 
-from cloister.errors import AdapterError
+from cloister.adapters.registry import TunerType
+from cloister.adapters.settings import as_number, is_count, not_layers, not_one_of, refuse
 from cloister.job import Criterion, Unit
-
-PEFT_TYPE = "CLOISTER_SPF"
 
 
 @dataclass
@@ -23,7 +22,7 @@ class SPFConfig(PeftConfig):
     """SPF's settings, by PEFT's names where PEFT has one.
 
     Raises:
-        AdapterError: a value is outside its range, or two do not fit together.
+        AdapterError: a value is of another type or outside its range, or two do not fit together.
     """
 
     ratio: float = field(default=0.5)
@@ -53,23 +52,25 @@ class SPFConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PEFT_TYPE
+        self.peft_type = TunerType.SPF
         self._check()
 
     def _check(self) -> None:
         faults = {
-            "ratio": not 0.0 < self.ratio <= 1.0 and f"must lie in (0, 1], got {self.ratio}",
-            "criterion": _not_one_of(self.criterion, get_args(Criterion)),
-            "unit": _not_one_of(self.unit, get_args(Unit)),
+            "ratio": not 0.0 < as_number(self.ratio) <= 1.0 and f"must lie in (0, 1], got {self.ratio!r}",
+            "criterion": not_one_of(self.criterion, get_args(Criterion)),
+            "unit": not_one_of(self.unit, get_args(Unit)),
             "tie_groups": self.tie_groups and self.unit == "row" and 'ties heads, but unit is "row"',
-            "r": self.r < 1 and f"must be at least 1, got {self.r}; lora_target_modules = [] leaves LoRA out",
-            "lora_alpha": not 0.0 < self.lora_alpha < math.inf and f"must be positive, got {self.lora_alpha}",
-            "lora_dropout": not 0.0 <= self.lora_dropout < 1.0 and f"must lie in [0, 1), got {self.lora_dropout}",
+            "r": not is_count(self.r)
+            and f"must be at least 1, got {self.r!r}; lora_target_modules = [] leaves LoRA out",
+            "lora_alpha": not 0.0 < as_number(self.lora_alpha) < math.inf
+            and f"must be positive, got {self.lora_alpha!r}",
+            "lora_dropout": not 0.0 <= as_number(self.lora_dropout) < 1.0
+            and f"must lie in [0, 1), got {self.lora_dropout!r}",
             "target_modules": self.target_modules == [] and "is empty, so no rows would be trained",
+            "layers_to_transform": not_layers(self.layers_to_transform),
         }
-        for name, fault in faults.items():
-            if fault:
-                raise AdapterError(f"{name} {fault}", where="SPFConfig")
+        refuse("SPFConfig", faults)
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         """All that is saved: not the gradients' norms, which an adapter has no use for once its rows are chosen."""
@@ -78,7 +79,3 @@ class SPFConfig(PeftConfig):
         content = dataclasses.asdict(saved)
         del content["gradient_norms"]
         return content
-
-
-def _not_one_of(value: object, allowed: tuple[str, ...]) -> str | bool:
-    return value not in allowed and f"must be one of {', '.join(allowed)}, got {value!r}"

@@ -14,6 +14,7 @@ Saved under the module's name, for each adapter:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from cloister.adapters.base_digest import base_digest
+from cloister.adapters.base_digest import base_digest, is_plain
 from cloister.adapters.spf.product import Rows, row_product, with_rows
 from cloister.errors import AdapterError
 
@@ -42,8 +43,8 @@ class SPFLayer(nn.Module, BaseTunerLayer):
         self.transposed = type(base_layer).__name__ == "Conv1D"
         weight_of(base_layer, "SPF")
         self.spf_rows = nn.ParameterDict()
-        self.spf_index = BufferDict(persistent=True)
-        self.spf_base = BufferDict(persistent=True)
+        self.spf_index = _Checked(self._check_index)
+        self.spf_base = _Checked(self._check_base)
         self.spf_lora_A = nn.ModuleDict()
         self.spf_lora_B = nn.ModuleDict()
         self.spf_lora_dropout = nn.ModuleDict()
@@ -176,39 +177,70 @@ class SPFLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse rows of another base, or that do not fit, before anything is taken."""
-        where = prefix.removesuffix(".").removeprefix("base_model.model.")
-        for name in self.spf_index:
-            index_S, digest = (state_dict.get(f"{prefix}{part}.{name}") for part in ("spf_index", "spf_base"))
-            if digest is not None and not torch.equal(digest.cpu(), self.spf_base[name].cpu()):
-                raise AdapterError(
-                    "the adapter was trained on another base model: its rows belong to another weight",
-                    where=where,
-                    hint="load it into the base model, unchanged and not merged, that it was trained on",
-                )
-            if index_S is not None and not _is_choice(index_S, like=self.spf_index[name], rows=len(self.weight_MK)):
-                raise AdapterError(
-                    "the adapter's rows do not fit this module",
-                    where=where,
-                    hint="its files were altered, or its configuration is another adapter's",
-                )
-            if index_S is not None:
-                self._unchosen.discard(name)
+        try:
+            for name in self.spf_index:
+                keys = {part: f"{prefix}{part}.{name}" for part in ("spf_rows", "spf_index", "spf_base")}
+                self._check(name, {part: state_dict[key] for part, key in keys.items() if key in state_dict})
+        except AdapterError as exc:
+            exc.where = prefix.removesuffix(".").removeprefix("base_model.model.")
+            raise
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check(self, name: str, saved: Mapping[str, Tensor]) -> None:
+        if not saved:
+            return
+        missing = [part for part in ("spf_rows", "spf_index", "spf_base") if part not in saved]
+        if missing:
+            raise AdapterError(
+                f"the saved adapter has no {missing[0]}: rows, their numbers and their base's digest belong together",
+                hint="load the adapter's file as it was saved, with all its tensors",
+            )
+        self._check_base(name, saved["spf_base"])
+        self._check_index(name, saved["spf_index"])
+
+    def _check_base(self, name: str, digest: Tensor) -> None:
+        if not torch.equal(digest.cpu(), self.spf_base[name].cpu()):
+            raise AdapterError(
+                "the adapter was trained on another base model: its rows belong to another weight",
+                hint="load it into the base model, unchanged and not merged, that it was trained on",
+            )
+
+    def _check_index(self, name: str, index_S: Tensor) -> None:
+        if not _is_choice(index_S, like=self.spf_index[name], rows=len(self.weight_MK)):
+            raise AdapterError(
+                "the adapter's rows do not fit this module",
+                hint="its files were altered, or its configuration is another adapter's",
+            )
+        self._unchosen.discard(name)
 
     def __repr__(self) -> str:
         return "spf." + super().__repr__()
+
+
+class _Checked(BufferDict):
+    """Buffers that are checked before others replace them, since transformers loads an adapter by assignment."""
+
+    def __init__(self, check: Callable[[str, Tensor], None]) -> None:
+        super().__init__(persistent=True)
+        self._check = check
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_buffers", ()):
+            self._check(name, value)
+        super().__setattr__(name, value)
 
 
 def weight_of(module: nn.Module, what: str) -> Tensor:
     """The weight of a plain linear layer: (M, K), or (K, M) of Conv1D.
 
     Raises:
-        AdapterError: it is something else, or its weight is not made of floating-point numbers.
+        AdapterError: it is something else, or its weight is quantised.
     """
     weight = getattr(module, "weight", None)
-    if _is_plain(module) and isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+    if _is_linear(module) and isinstance(weight, Tensor) and is_plain(weight):
         return weight
-    kind = f"{weight.dtype} ".removeprefix("torch.") if isinstance(weight, Tensor) else ""
+    kind = f"{weight.dtype} {type(weight).__name__} " if isinstance(weight, Tensor) else ""
+    kind = kind.removeprefix("torch.").removesuffix("Parameter ")
     raise AdapterError(
         f"{what} needs plain weights of floating-point numbers; a {type(module).__name__} has {kind}weights",
         hint="load the base model without quantisation",
@@ -225,7 +257,7 @@ def rows_of(module: nn.Module) -> Tensor:
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from cloister.adapters import PTuningConfig
 from cloister.adapters.add import add_adapter
 from cloister.adapters.files import CONFIG, WEIGHTS, adapter_sha256, write_adapter
+from cloister.adapters.ptuning import PrefixedAttention
 from cloister.adapters.ptuning.add import add_ptuning
 from cloister.adapters.state import adapter_files, adapter_state, load_adapter_weights
 from cloister.errors import AdapterError
@@ -26,6 +27,7 @@ from cloister.model.cut import Former, Latter, Whole
 from cloister.training.checkpoint import Checkpoint
 from cloister.training.loop import PackList, train
 from tests.unit.adapters.ptuning.cases import ARCHITECTURES, CUT, IDS, PREFIX, logits, prefixes, with_prefixes
+from tests.unit.adapters.quantised import Quantised
 from tests.unit.data.tiny_packs import random_pack
 from tests.unit.model.tiny import VOCABULARY, tiny_model
 
@@ -69,6 +71,104 @@ def test_saved_and_loaded_it_is_the_same_perceptron_and_all(name: str, reparamet
         wanted = {n for n, p in adapted.named_parameters() if p.requires_grad and trainable}
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == wanted
     assert (_logits(adapted) - _logits(tiny_model(name))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("section", [SECTION, ENCODED], ids=["plain", "encoded"])
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [("default", "other"), ("first", "default"), ("first", "0")])
+def test_saved_under_one_name_and_loaded_under_another_it_is_the_same(
+    section: AdapterSection, saved_as: str, loaded_as: str, tmp_path: Path
+) -> None:
+    adapted = _named(saved_as, section)
+    adapted.save_pretrained(tmp_path)
+    folder = tmp_path if saved_as == "default" else tmp_path / saved_as
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), folder, adapter_name=loaded_as)
+    assert torch.equal(_logits(loaded), _logits(adapted))
+    assert _saved(loaded, loaded_as).keys() == safetensors.torch.load_file(folder / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("section", [SECTION, ENCODED], ids=["plain", "encoded"])
+def test_a_second_one_is_loaded_beside_a_resident_which_stays_what_it_is(
+    section: AdapterSection, low: bool, tmp_path: Path
+) -> None:
+    second = _named("default", section, seed=1)
+    second.save_pretrained(tmp_path)
+    both = _named("default", section, seed=2)
+    before, expected = _saved(both, "default"), _logits(both)
+    both.load_adapter(tmp_path, "second", low_cpu_mem_usage=low, is_trainable=True)
+    assert all(p.requires_grad for n, p in both.named_parameters() if ".second" in n)
+    assert _same(_saved(both, "default"), before)
+    assert _same(_saved(both, "second"), _saved(second, "default"))
+    assert torch.equal(_logits(both.eval()), expected)
+    both.set_adapter("second")
+    # A file's tensors stand elsewhere in memory, and products of a perceptron then round otherwise.
+    torch.testing.assert_close(
+        _logits(both), _logits(second), rtol=1e-5, atol=1e-5 if low and section is ENCODED else 0
+    )
+
+
+@pytest.mark.parametrize("section", [SECTION, ENCODED], ids=["plain", "encoded"])
+def test_loading_with_little_memory_is_the_same(section: AdapterSection, tmp_path: Path) -> None:
+    adapted = _named("default", section)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, low_cpu_mem_usage=True)
+    assert _same(_saved(loaded, "default"), _saved(adapted, "default"))
+    torch.testing.assert_close(_logits(loaded), _logits(adapted))
+
+
+@pytest.mark.parametrize("section", [SECTION, ENCODED], ids=["plain", "encoded"])
+def test_what_was_loaded_elsewhere_is_moved_to_the_base(section: AdapterSection) -> None:
+    """As PEFT asks for after loading with little memory, which puts tensors onto an accelerator if there is one."""
+    adapted = _named("default", section)
+    for module in adapted.modules():
+        if isinstance(module, PrefixedAttention):
+            module.base_layer.to("meta")
+            module._move_adapter_to_device_of_base_layer("default")
+    assert {p.device.type for n, p in adapted.named_parameters() if "ptuning_" in n} == {"meta"}
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "tokens", "hidden", "old name"])
+def test_a_file_that_does_not_fit_its_configuration_is_refused(change: str, tmp_path: Path) -> None:
+    _named("default", ENCODED).save_pretrained(tmp_path)
+    state, config = safetensors.torch.load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    first = "base_model.ptuning_encoder.embedding.weight"
+    if change == "missing":
+        del state[first]
+    elif change == "left over":
+        state["base_model.model.model.layers.0.self_attn.ptuning_prefix"] = torch.zeros(2, 2, PREFIX, 8)
+    elif change == "old name":
+        state["base_model.ptuning_encoder.default.embedding.weight"] = state.pop(first)
+    else:
+        config["num_virtual_tokens" if change == "tokens" else "encoder_hidden_size"] += 1
+    safetensors.torch.save_file(state, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    resident = _named("default", ENCODED, seed=2)
+    before = _saved(resident, "default")
+    with pytest.raises(AdapterError, match="do not fit the adapter's configuration"):
+        resident.load_adapter(tmp_path, "second")
+    assert _same(_saved(resident, "default"), before)
+
+
+def _named(name: str, section: AdapterSection, seed: int = 1) -> PeftModel:
+    """A model with prefixes under a name of its own."""
+    hidden = section.reparametrise or None
+    config = PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX, encoder_hidden_size=hidden)
+    adapted = get_peft_model(tiny_model("llama"), config, adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return adapted.eval()
+
+
+def _saved(adapted: PeftModel, name: str) -> dict[str, Tensor]:
+    """What stands in an adapter's file."""
+    state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_several_adapters_one_active_at_a_time() -> None:
@@ -144,9 +244,39 @@ def test_a_base_in_bf16_is_the_same_base() -> None:
     assert config["default"].base_sha256 == again["default"].base_sha256 is not None
 
 
+def test_a_base_that_only_seems_to_hold_numbers_cannot_be_told() -> None:
+    model = tiny_model("llama")
+    query = model.get_submodule("model.layers.0.self_attn.q_proj")
+    query.weight = Quantised.parameter(32, 32)
+    assert get_peft_model(model, PTuningConfig()).peft_config["default"].base_sha256 is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_virtual_tokens", 0, "num_virtual_tokens must be at least 1, got 0"),
+        ("num_virtual_tokens", "16", "num_virtual_tokens must be at least 1, got '16'"),
+        ("encoder_hidden_size", 0, "encoder_hidden_size must be at least 1, got 0"),
+        ("encoder_hidden_size", 8.5, "encoder_hidden_size must be at least 1, got 8.5"),
+        ("layers_to_transform", [], r"layers_to_transform must be numbers of layers, or None for all, got \[\]"),
+        ("layers_to_transform", 1, "layers_to_transform must be numbers of layers"),
+        ("layers_to_transform", [-1], "layers_to_transform must be numbers of layers"),
+        ("layers_to_transform", ["1"], "layers_to_transform must be numbers of layers"),
+    ],
+)
+def test_a_wrong_setting_is_named(field: str, value: object, says: str) -> None:
+    with pytest.raises(AdapterError, match=says):
+        PTuningConfig(**{field: value})  # type: ignore[arg-type]  # that is the point
+
+
+def test_loading_by_transformers_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Its models have no place for what layers share."""
+    _named("default", SECTION).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not support CLOISTER_PTUNING .* Please use `get_peft_model` instead"):
+        tiny_model("llama").load_adapter(str(tmp_path))
+
+
 def test_what_takes_no_prefix_is_refused() -> None:
-    with pytest.raises(AdapterError, match="at least 1 token, not 0"):
-        PTuningConfig(num_virtual_tokens=0)
     whole = Whole(tiny_model("llama"))
     whole.model.config._attn_implementation = "flash_attention_2"
     try:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from cloister.adapters import SPFConfig
 from cloister.errors import AdapterError
+from tests.unit.adapters.quantised import Quantised
 from tests.unit.adapters.spf.models import ARCHITECTURES, adapted_model, layers_of, logits, loss, move
 from tests.unit.model.tiny import tiny_model
 
@@ -266,6 +268,50 @@ def test_plain_modules_have_rows_too() -> None:
     assert names == {"lin0.spf_rows.default", "lin1.spf_lora_A.default.weight", "lin1.spf_lora_B.default.weight"}
 
 
+# Loaded by transformers alone -----------------------------------------------------------------------------------------
+
+
+def test_transformers_loads_a_folder_with_its_base(tmp_path: Path) -> None:
+    saved = adapted_model("llama", moved=True, criterion="random", seed=1)
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    saved.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    saved.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(saved))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_transformers_loads_saves_and_deletes_an_adapter_under_any_name(name: str, tmp_path: Path) -> None:
+    saved = adapted_model(name, moved=True, criterion="random", seed=1)
+    saved.save_pretrained(tmp_path)
+    model = tiny_model(name)
+    model.load_adapter(str(tmp_path), adapter_name="other")
+    assert torch.equal(logits(model), logits(saved))
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["peft_type"] == "CLOISTER_SPF"
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(name), tmp_path / "again")), logits(saved))
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), logits(tiny_model(name)))
+
+
+def test_transformers_loads_a_choice_by_gradients(tmp_path: Path) -> None:
+    from cloister.adapters import gradient_norms
+
+    model = tiny_model("llama")
+    norms = gradient_norms(model, list(layers_of(adapted_model("llama"))), lambda: loss(model).backward())
+    ranked = get_peft_model(model, SPFConfig(criterion="grad", gradient_norms=norms))
+    move(ranked)
+    ranked.save_pretrained(tmp_path)
+    again = tiny_model("llama")
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again), logits(ranked))
+
+
+def test_transformers_cannot_load_an_adapter_of_another_base(tmp_path: Path) -> None:
+    adapted_model("llama", moved=True).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="trained on another base model"):
+        tiny_model("llama", seed=1).load_adapter(str(tmp_path))
+
+
 # Becoming known to PEFT -----------------------------------------------------------------------------------------------
 
 _LOAD = """
@@ -349,10 +395,20 @@ def test_altered_row_numbers_are_refused(change: str) -> None:
         index[0] = -1
     else:
         index = index.float()
-    from peft import set_peft_model_state_dict
-
     with pytest.raises(AdapterError, match="rows do not fit"):
         set_peft_model_state_dict(adapted, {**state, key: index})
+
+
+@pytest.mark.parametrize("part", ["spf_index", "spf_base", "spf_rows"])
+def test_rows_without_their_numbers_or_their_base_are_refused(part: str) -> None:
+    adapted = adapted_model("llama")
+    state = get_peft_model_state_dict(adapted_model("llama", moved=True))
+    incomplete = {n: t for n, t in state.items() if n != f"base_model.model.model.layers.2.mlp.up_proj.{part}"}
+    assert len(incomplete) == len(state) - 1
+    with pytest.raises(AdapterError, match=f"the saved adapter has no {part}") as refused:
+        set_peft_model_state_dict(adapted, incomplete)
+    assert refused.value.where == "model.layers.2.mlp.up_proj"
+    assert "with all its tensors" in refused.value.hint
 
 
 @pytest.mark.parametrize("fields", [{"target_modules": ["query"]}, {"lora_target_modules": ["o_proj", "query"]}])
@@ -385,13 +441,28 @@ def test_a_quantised_base_is_refused(dtype: torch.dtype) -> None:
     assert refused.value.where == "model.layers.0.self_attn.q_proj"
 
 
-def test_merging_into_a_base_that_was_quantised_since_is_refused() -> None:
+def test_a_base_that_only_seems_to_hold_numbers_is_refused() -> None:
+    model = tiny_model("llama")
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    linear.weight = Quantised.parameter(32, 32)
+    assert linear.weight.is_floating_point()
+    with pytest.raises(AdapterError, match="Linear has bfloat16 Quantised weights") as refused:
+        get_peft_model(model, SPFConfig())
+    assert "without quantisation" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False), Quantised.parameter(48, 32)],
+    ids=["int8", "Quantised"],
+)
+def test_merging_into_a_base_that_was_quantised_since_is_refused(weight: nn.Parameter) -> None:
     adapted = adapted_model("llama")
     all_layers = set(layers_of(adapted))
     layer = layers_of(adapted)["model.layers.3.mlp.up_proj"]
-    layer.base_layer.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    layer.base_layer.weight = weight
     for merge in (adapted.merge_and_unload, adapted.merge_adapter):
-        with pytest.raises(AdapterError, match=r"merging needs plain weights.*int8"):
+        with pytest.raises(AdapterError, match=r"merging needs plain weights.*(int8|Quantised)"):
             merge()
         assert set(layers_of(adapted)) == all_layers, "nothing was taken out half-way"
         assert not any(layer.merged for layer in layers_of(adapted).values()), "nothing was merged half-way"
