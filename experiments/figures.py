@@ -22,7 +22,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_TICKS = (-10, -2, -1, 0, 1, 2, 5, 10, 50, 200)
+_TICKS = (-10, -2, -1, 0, 1, 2, 10, 50, 200)
 _MARKS = ("o", "s", "^", "D", "v")
 
 
