@@ -58,8 +58,9 @@ fuzz: setup ## fuzz all parsers, or one of them: make fuzz TARGET=receipt SECOND
 
 TRIALS ?= 100
 SEED ?= 1
-crash: setup ## kill every role at seeded points, fill disks, set clocks, cut files: make crash TRIALS=100 SEED=1
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.crash --trials $(TRIALS) --seed $(SEED)
+ROLE ?=
+crash: setup ## kill roles (or ROLE) at seeded points, fill disks, set clocks, cut files: make crash TRIALS=100 SEED=1
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.crash --trials $(TRIALS) --seed $(SEED) $(addprefix --role ,$(ROLE))
 
 HOURS ?= 2
 soak: setup ## hours of jobs with faults and of clients that misbehave, watching for leaks: make soak HOURS=2

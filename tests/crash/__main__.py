@@ -1,10 +1,12 @@
 """Kill every role at seeded points, fill disks, set clocks, cut files: the job must end with the same adapter.
 
-    python -m tests.crash [--trials 100] [--seed 1] [--json]
+    python -m tests.crash [--trials 100] [--seed 1] [--role enclave|party|accelerator] [--json]
 
 Each seed is one point at which a role is killed; every fourth trial is of method `slice`. One more trial for every
 five of these is of another kind: a party that stays away past the deadline, an enclave that dies between the last
-countersignature and telling of it, a full or read-only disk, a clock that jumps, a file that lost its end. Runs can
+countersignature and telling of it, a full or read-only disk, a clock that jumps, a file that lost its end. With
+`--role` each seed is a point of that role, and there are no trials of other kinds. A trial in which what its points
+waited for did not come, three times where a role is killed, is told as `not hit` and not counted as a trial. Runs can
 be put together: `--append FILE` adds the trials to those in a file.
 """
 
@@ -12,25 +14,27 @@ from __future__ import annotations
 
 import tests.crash.clock  # isort: skip
 
-tests.crash.clock.install()  # before anything else takes `time.time`
+if __name__ == "__main__":
+    tests.crash.clock.install()  # before anything else takes `time.time`
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections import Counter  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from dataclasses import asdict  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, get_args  # noqa: E402
+import argparse
+import functools
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
 
-from tests.crash.forking import import_everything  # noqa: E402
-from tests.crash.matrix import Matrix, Result  # noqa: E402
-from tests.crash.trouble import Kind, can_mount  # noqa: E402
+from tests.crash.forking import import_everything
+from tests.crash.matrix import CELLS, ROLES, Matrix, Result, cells
+from tests.crash.trouble import Kind, can_mount
 
+_COUNTS = ("trials", "identical", "resumed", "lost", "not_hit", "kills", "restarts")
 _OTHERS = ("away", "half-written", "run folder", "untold", *get_args(Kind))
 
 
@@ -40,18 +44,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first trial; the next has the next number")
     kinds = ("split", "slice", "others", *_OTHERS)
     parser.add_argument("--only", choices=kinds, nargs="+", default=[], help="of each seed a trial of these kinds")
+    help_role = "kill this role only, and let nothing else happen; may be repeated (default: all roles)"
+    parser.add_argument("--role", choices=ROLES, action="append", default=[], help=help_role)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after this time")
     parser.add_argument("--append", type=Path, metavar="FILE", help="add to the trials in this file")
     parser.add_argument("--folder", type=Path, help="where trials are run; those that were lost stay there")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
+    if options.role and not all(kind in CELLS and cells(kind, options.role) for kind in options.only):
+        parser.error(f"no --role {' or '.join(options.role)} is killed in trials of --only {' '.join(options.only)}")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="cloister-crash-matrix-"))
     began = time.monotonic()
     import_everything()
     kept = options.append
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept is not None and kept.exists() else []
     with Matrix(folder) as matrix:
-        for trial in _trials(matrix, options.seed, options.trials, options.only):
+        for trial in trials(matrix, options.seed, options.trials, options.only, options.role):
             if time.monotonic() - began > options.seconds:
                 break
             result = trial()
@@ -64,21 +72,25 @@ def main() -> int:
     return 1 if summary["lost"] else 0
 
 
-def _trials(matrix: Matrix, seed: int, count: int, only: list[str]) -> Iterator[Callable[[], Result]]:
+def trials(
+    matrix: Matrix, seed: int, count: int, only: Collection[str], roles: Collection[str]
+) -> Iterator[Callable[[], Result]]:
+    """`only`, `roles`: empty for all."""
     others = itertools.cycle(_OTHERS)
     for number in range(seed, seed + count):
-        usual = ["slice" if number % 4 == 0 else "split", *(["others"] if number % 5 == 0 else [])]
+        method = "slice" if number % 4 == 0 or not cells("split", roles or ROLES) else "split"
+        usual = [method, *(["others"] if number % 5 == 0 and not roles else [])]
         for kind in only or usual:
             chosen = next(others) if kind == "others" else kind
             if chosen.endswith("disk") and not can_mount():
                 print(f"skipped: {chosen}: only root on Linux can mount a disk of its own", file=sys.stderr)
             else:
-                yield functools.partial(_trial, matrix, chosen, number)
+                yield functools.partial(_trial, matrix, chosen, number, roles or ROLES)
 
 
-def _trial(matrix: Matrix, kind: str, seed: int) -> Result:
+def _trial(matrix: Matrix, kind: str, seed: int, roles: Collection[str]) -> Result:
     if kind == "split" or kind == "slice":
-        return matrix.kill(kind, seed)
+        return matrix.kill(kind, seed, roles)
     return _other(matrix, kind, seed)
 
 
@@ -106,7 +118,10 @@ def _line(result: Result) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts by outcome, by kind of trial and by role and phase; the seeds of what was lost."""
+    """Counts by outcome, by kind of trial and by role and phase; the seeds of what was lost.
+
+    `trials` is the sum of identical, resumed and lost: what was not hit stands beside it.
+    """
     outcomes = Counter(row["outcome"] for row in rows)
     kinds: dict[str, Counter[str]] = {}
     points: Counter[str] = Counter()
@@ -116,10 +131,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if kind.startswith("kill"):
             points.update(f"{_role(p['victim'])} {p['phase']}" for p in row["hit"])
     return {
-        "trials": len(rows),
+        "trials": len(rows) - outcomes["not hit"],
         "identical": outcomes["identical"],
         "resumed": outcomes["resumed"],
         "lost": outcomes["lost"],
+        "not_hit": outcomes["not hit"],
         "kills": sum(points.values()),
         "restarts": sum(row["restarts"] for row in rows),
         "kinds": {kind: dict(counts) for kind, counts in sorted(kinds.items())},
@@ -133,7 +149,7 @@ def _role(victim: str) -> str:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    lines = [f"{name}: {summary[name]}" for name in ("trials", "identical", "resumed", "lost", "kills", "restarts")]
+    lines = [f"{name}: {summary[name]}" for name in _COUNTS]
     lines += [f"  {kind}: {counts}" for kind, counts in summary["kinds"].items()]
     lines += [f"  killed, {point}: {count}" for point, count in summary["points"].items()]
     return "\n".join([*lines, *summary["lost_trials"]])

@@ -6,9 +6,8 @@ It stands in for `time.time`, and must do so before anything of Cloister is impo
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-from tests.crash.forking import Prepare
 
 _real = time.time
 _offset_file: list[Path] = []
@@ -27,6 +26,6 @@ def install() -> None:
     time.time = _time
 
 
-def follow(path: Path) -> Prepare:
+def follow(path: Path) -> Callable[[], None]:
     """In a role: its clock differs from the machine's by the seconds in a file."""
     return lambda: _offset_file.append(path)

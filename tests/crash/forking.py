@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -73,6 +74,10 @@ def connect_quickly() -> None:
 class Forked:
     """A command in a child process; what it says goes to FOLDER/stdout and FOLDER/stderr."""
 
+    left: ClassVar[int] = 0
+    """Files and folders found in their temporary folders by now, of all that ended by themselves, even if with an
+    error. What a killed one leaves is no leak: it could not remove it, and its machine's /tmp outlives it anyway."""
+
     def __init__(self, arguments: Sequence[object], folder: Path, *prepare: Prepare) -> None:
         self.arguments = [str(a) for a in arguments]
         self.folder = folder
@@ -91,6 +96,8 @@ class Forked:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
+                if self.returncode >= 0:
+                    Forked.left += sum(1 for _ in (self.folder / "tmp").rglob("*"))
         return self.returncode
 
     def wait(self, timeout_s: float) -> int | None:

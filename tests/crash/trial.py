@@ -37,6 +37,8 @@ TRIAL_S = 300.0
 TROUBLE_S = 4.0
 """How long a disk is full or a clock wrong where no role fails of it."""
 MAX_STARTS = 12
+_DEAD_S = 0.1
+"""A role that was killed is started again so much later."""
 _RESTARTED = ("transport", "accelerator")
 """Errors after which whoever supervises a role starts it again."""
 
@@ -194,7 +196,9 @@ class Job:
         role = self._roles[point.victim]
         if role.process is not None and role.process.poll() is None:
             role.process.kill()
-            self.hit.append(point)
+            if role.process.returncode == -9:  # it may have ended just before
+                self.hit.append(point)
+                role.process, role.again_at = None, now + _DEAD_S  # `_ended` would see its own points in this death
 
     def _end_trouble(self, now: float) -> None:
         """Somebody has made room, or set the clock, a while after a role has failed or after some seconds."""
@@ -224,7 +228,7 @@ class Job:
         if self.away and code > 0:
             role.done = True
             return fault
-        role.process, role.again_at = None, now + (0.1 if code == -9 else 0.5)
+        role.process, role.again_at = None, now + (_DEAD_S if code == -9 else 0.5)
         return fault
 
     def _ended(self, role: _Role, code: int) -> str:

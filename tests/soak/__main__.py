@@ -36,14 +36,22 @@ from tests.crash.forking import Forked, import_everything  # noqa: E402
 from tests.crash.matrix import Matrix  # noqa: E402
 from tests.crash.trial import Job, what_differs  # noqa: E402
 from tests.soak.clients import Clients  # noqa: E402
-from tests.soak.gauges import Samples, descendants, files_under, process_gauges, save, shared_memory  # noqa: E402
+from tests.soak.gauges import (  # noqa: E402
+    Samples,
+    adopt_orphans,
+    descendants,
+    files_under,
+    process_gauges,
+    reap,
+    save,
+    shared_memory,
+)
 
 SAMPLE_S = 10.0
 JOB_S = 60.0
 """A job of the crash matrix begins this long after the last one began."""
 START_S = 900.0
 """Most time for a start and for training, on a machine that is busy with other work."""
-_WEIGHTS = {"query": 4, "query killed": 2, "bytes": 3, "half a handshake": 3, "garbage session": 2}
 
 
 class Serving:
@@ -147,7 +155,6 @@ class Soak:
 
     def _loop(self, matrix: Matrix, serving: Serving, clients: Clients, seconds: float) -> None:
         sampled = worked = -1e9
-        kinds = [kind for kind, weight in _WEIGHTS.items() for _ in range(weight)]
         while (now := time.monotonic() - self._began) < seconds:
             serving.check()
             if now - sampled >= SAMPLE_S:
@@ -157,8 +164,8 @@ class Soak:
                 worked = now
                 number = sum(self.jobs.values())
                 self._tolerate(functools.partial(self._job, matrix, serving, number), self.jobs)
-            kind = self._random.choice(kinds)
-            if self._tolerate(clients.kinds[kind], self.actions):
+            kind, act = clients.draw()
+            if self._tolerate(act, self.actions):
                 self.actions[kind] += 1
             shutil.rmtree(self._folder / "clients", ignore_errors=True)
 
@@ -194,15 +201,16 @@ class Soak:
         ended = job.run()
         if fault := ended.fault or what_differs(job, ground.adapters):
             raise RuntimeError(f"job {number} was lost: {fault}")
-        self.jobs["slice identical"] += 1
+        self.jobs["slice identical" if ended.hit else "slice not hit"] += 1
         shutil.rmtree(job.folder)
 
     def _sample(self, serving: Serving, now: float) -> None:
         values: dict[str, float] = {}
         for name, process in serving.processes.items():
             values |= process_gauges(name, process.pid)
-        values["temporary files"] = files_under(self._homes)
+        values["temporary files"] = files_under(self._homes) + Forked.left
         values["shared memory"] = shared_memory(self._shared)
+        reap(own={process.pid for process in serving.processes.values()})  # all others have been waited for
         values["processes"] = descendants(os.getpid())
         self.samples.add(now, values)
         save(self.samples, self._folder / "samples.json")
@@ -233,6 +241,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="cloister-soak-"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
+    adopt_orphans()
     import_everything()
     soak, fault = Soak(folder, options.seed), ""
     try:

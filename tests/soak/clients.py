@@ -31,14 +31,21 @@ class Clients:
     def __init__(self, deployment: Deployment, address: str, accelerator: str, folder: Path, random: Random) -> None:
         self._deployment, self._address, self._accelerator = deployment, address, accelerator
         self._folder, self._random, self._count = folder, random, 0
-        self.kinds: dict[str, Callable[[], None]] = {
-            "query": self.query,
-            "query killed": self.query_killed,
-            "bytes": self.send_bytes,
-            "half a handshake": self.half_a_handshake,
-            "garbage session": self.garbage_session,
-            "accelerator bytes": self.accelerator_bytes,
+        self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
+            "query": (4, self.query),
+            "query killed": (2, self.query_killed),
+            "bytes": (3, self.send_bytes),
+            "half a handshake": (3, self.half_a_handshake),
+            "garbage session": (2, self.garbage_session),
+            "accelerator bytes": (3, self.accelerator_bytes),
         }
+        """By name: weight among all, and what is done."""
+
+    def draw(self) -> tuple[str, Callable[[], None]]:
+        """What is to be done next, with its name."""
+        weights = [weight for weight, _ in self._kinds.values()]
+        name = self._random.choices(list(self._kinds), weights)[0]
+        return name, self._kinds[name][1]
 
     def query(self) -> None:
         """Ask and get an answer. Raises: RuntimeError: there is none."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.soak.gauges import BOUNDS, Samples, descendants, files_under, process_gauges, slope
+from tests.soak.gauges import BOUNDS, Samples, adopt_orphans, descendants, files_under, process_gauges, reap, slope
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 NAME = "enclave memory"
+INNER = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); sys.stdin.read()"
 
 
 def samples(*values: float, every_s: float = 10.0) -> Samples:
@@ -70,16 +74,51 @@ def test_gauges_see_what_a_process_holds(tmp_path: Path) -> None:
     assert after["enclave descriptors"] == before["enclave descriptors"] + 2
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").touch()
-    assert files_under([tmp_path]) == 1
+    assert files_under([tmp_path]) == 3
 
 
 def test_descendants_are_counted_until_they_are_waited_for() -> None:
     before = descendants(os.getpid())
-    inner = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('up', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", inner]
+    command = [sys.executable, "-c", INNER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdout is not None
         child.stdout.readline()
         assert descendants(os.getpid()) == before + 2
         os.killpg(child.pid, 9)
     assert descendants(os.getpid()) == before
+
+
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    adopt_orphans()
+    yield
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+def ends(pid: int) -> None:
+    """Return when a process is a zombie."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+
+
+@pytest.mark.usefixtures("adopting")
+def test_what_a_killed_process_leaves_running_is_counted_until_it_ends() -> None:
+    before = descendants(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", INNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        orphan = int(child.stdout.readline())
+        child.kill()
+    reap(own=())
+    assert descendants(os.getpid()) == before + 1
+    os.kill(orphan, 9)
+    ends(orphan)
+    assert descendants(os.getpid()) == before + 1
+    reap(own=())
+    assert descendants(os.getpid()) == before
+
+
+def test_reaping_leaves_exit_codes_to_those_who_wait_for_them() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"]) as child:
+        ends(child.pid)
+        reap(own={child.pid})
+        assert child.wait() == 7
