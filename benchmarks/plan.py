@@ -5,7 +5,8 @@ python benchmarks/plan.py [--tokens 6144] [--runs 1] [--shape 768x12x32000/6 ...
 A shape is HIDDENxLAYERSxVOCABULARY/CUT.
 
 Ratios of 1 are exact. "seconds" is everything to the end of training; bytes are those of parties' bundles and all else
-that is sent; memory is the largest process of a role. Nothing else may run meanwhile.
+that is sent; memory is the largest process of a role. Nothing else may run meanwhile. Ends with 1 where the whole time,
+memory or bytes are more than a quarter off.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cloister.report.bench import BenchSplitRow
 from cloister.report.plan import PlanReport
 
 SHAPES = ["768x12x32000/6", "512x8x8000/6", "256x16x4000/4"]
+AIMED = ("seconds", "party, MiB", "enclave, MiB", "wire, MB")
 
 
 def main() -> None:
@@ -34,11 +36,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="HIDDENxLAYERSxVOCABULARY/CUT", type=shape)
     asked = parser.parse_args()
-    found = {}
+    found, off = {}, []
     for text in asked.shape:
         print(text, file=sys.stderr)
         found[text] = compare(*shape_and_cut(text), asked.tokens, asked.runs)
+        ratios = found[text]["planned / measured"]
+        off += [f"{text}: {name} {ratios[name]}" for name in AIMED if not 0.75 <= ratios[name] <= 1.25]
     print(json.dumps(found, indent=1))
+    sys.exit("\n".join(off))
 
 
 def shape(text: str) -> str:
@@ -52,7 +57,7 @@ def shape_and_cut(text: str) -> tuple[Shape, int]:
     return Shape(hidden=hidden, layers=layers, vocabulary=vocabulary), int(cut)
 
 
-def compare(shape: Shape, cut: int, tokens: int, runs: int) -> dict[str, object]:
+def compare(shape: Shape, cut: int, tokens: int, runs: int) -> dict[str, dict[str, float]]:
     """Planned, measured, and their ratios."""
     with tempfile.TemporaryDirectory(prefix="cloister-") as folder:
         workload = random_workload(shape, Budget(tokens=tokens), dtype="float32", folder=Path(folder))
