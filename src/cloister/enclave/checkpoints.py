@@ -17,6 +17,7 @@ from hmac import compare_digest
 from pathlib import Path
 
 from cloister.agreement.checkpoint import MAX_RECORD_BYTES, Certificate, Seal, ShareRecord
+from cloister.crypto.bundle.writer import disk_error
 from cloister.crypto.encoding import Fields, encode
 from cloister.crypto.sealing import write_durably
 from cloister.errors import CloisterError, DataError, ProtocolError
@@ -62,7 +63,7 @@ class CheckpointFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise DataError(f"cannot make the folder: {exc.strerror}", where=str(self.folder)) from exc
+            raise disk_error(exc, self.folder, 0) from exc
         head = encode({"seal": seal.to_bytes(), "shares": record.to_bytes()})
         length = len(head).to_bytes(_LENGTH_BYTES, "big")
         write_durably(self._path(seal.number), MAGIC + length + head, content)

@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from cloister.agreement.job import OpenJob, open_job
+from cloister.crypto.bundle.writer import disk_error
 from cloister.data.prepare import PartyData, prepare
-from cloister.errors import DataError, UsageError
+from cloister.errors import UsageError
 from cloister.jobfile import LoadedJob
 from cloister.masking.budget import PadBudget, with_spare
 from cloister.masking.layout import Layout, lay_out
@@ -60,7 +61,7 @@ def make_pads(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise DataError(f"cannot make the folder: {exc.strerror}", where=str(out)) from exc
+        raise disk_error(exc, out, 0) from exc
     keeper = find_keeper(opened, party, out, insecure_simulated=insecure_simulated)
     layout = lay_out(plan_groups(opened.resolved.model.folder), rows, parts=job.masking.bits // 8)
     with _counted(progress, layout) as running:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from cloister.adapters.files import CONFIG, WEIGHTS
 from cloister.agreement.receipt import Receipt
+from cloister.crypto.bundle.writer import disk_error
 from cloister.crypto.sealing import write_durably
-from cloister.errors import CloisterError, DataError, TransportError, VerificationError
+from cloister.errors import CloisterError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
 from cloister.party.follower import Requests
 from cloister.party.taking_part import with_reconnect
@@ -121,5 +122,5 @@ def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise DataError(f"cannot make the folder: {exc.strerror}", where=str(path.parent)) from exc
+        raise disk_error(exc, path.parent, 0) from exc
     write_durably(path, content, mode=_MODE)

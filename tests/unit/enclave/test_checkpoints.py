@@ -116,8 +116,9 @@ def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
 def test_a_folder_that_cannot_be_made_or_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     folder = CheckpointFolder(tmp_path / "file" / "checkpoints")
-    with pytest.raises(DataError, match="cannot make"):
+    with pytest.raises(DataError, match="cannot write") as refused:
         write(folder, 1)
+    assert "can be written to" in refused.value.hint
     folder = CheckpointFolder(tmp_path / "good")
     write(folder, 1)
     newest = folder.newest()
