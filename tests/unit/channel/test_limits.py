@@ -24,7 +24,7 @@ from cloister.channel.limits import SPARE_FILES
 from cloister.crypto.bundle import read_header
 from cloister.errors import CapacityError, TransportError
 from tests.unit.channel.peers import KEY, PARTY
-from tests.unit.channel.test_grpc import Enclave, head, open_session, sealed
+from tests.unit.channel.test_grpc import CHUNK, Enclave, head, open_session, sealed
 from tests.unit.crypto.bundles import write
 
 
@@ -208,7 +208,7 @@ def test_a_bundle_begun_anew_without_end(tmp_path: Path) -> None:
     with enclave(tmp_path) as running:
         incoming = running.store.expected(PARTY, "train")
         for number in range(64):
-            write(tmp_path / str(number), bytes(100), KEY)
+            write(tmp_path / str(number), bytes(100), KEY, chunk_bytes=CHUNK)
             unverified = read_header(tmp_path / str(number))
             incoming.begin(unverified.encoded, unverified.signature)
         with pytest.raises(CapacityError, match="anew 64 times") as refused:
