@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,8 @@ from typing import Any
 import pytest
 
 from cloister.report.model import RunReport
-from tests.integration.tiny_job import finish, records, write_job, write_lines, write_model
-
-CANARIES = {"train": "canary-7Qx-train", "test": "canary-9Zk-test"}
-"""Planted in the last records of the party "north"."""
+from tests.integration.search import canary, planted, secrets_of
+from tests.integration.tiny_job import PARTIES, finish, records, write_job, write_lines, write_model
 
 MakeJob = Callable[..., Path]
 
@@ -49,6 +48,17 @@ class FinishedRun:
     """Folder with the command's stdout and stderr, and its temporary folder `tmp`."""
     report: RunReport
 
+    @property
+    def canaries(self) -> dict[str, str]:
+        """What was planted in data of the party "north"."""
+        found: dict[str, str] = json.loads((self.job.parent / "canaries.json").read_text())
+        return found
+
+    def secrets(self) -> dict[Path, bytes]:
+        """Of all parties, by the file that each belongs in."""
+        folders = [self.out / "parties" / party for party in PARTIES]
+        return {path: secret for f in folders for path, secret in secrets_of(f, f / "party.key").items()}
+
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
@@ -66,10 +76,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 def _run(folder: Path) -> None:
     folder.mkdir()
+    canaries = {"train": canary("train"), "test": canary("test")}
+    (folder / "canaries.json").write_text(json.dumps(canaries))
     for part, count in (("train", 40), ("test", 6)):
-        rows = records("north", part, count)
-        rows[-1] |= {"prompt": f"{CANARIES[part]} prompt", "response": f"{CANARIES[part]} response"}
-        rows[-1] = {k: v for k, v in rows[-1].items() if k not in ("choices", "answer")}
+        rows = planted(records("north", part, count), canaries[part])
         write_lines(folder / "data" / f"north-{part}.jsonl", rows)
     write_model(folder / "model")
     job = write_job(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from cloister.methods.generate import generate_local
 from cloister.party.ask import open_query_session
 from cloister.progress import Silent
 from cloister.report.outputs import GenerateReport
+from tests.integration.search import canary, files_under, holding, left_elsewhere, text_forms, without
 from tests.integration.tiny_job import Command, alive, children_of, finish, started, write_job
 
 pytestmark = [
@@ -34,6 +36,7 @@ pytestmark = [
 QUOTA = 30
 PROMPTS = ["north test: what is 3 and 3?", "Question:", "yes no maybe the heart"]
 NEW_TOKENS = 8
+SECRET = canary("query")
 RULES = {"allow": ["north"], "returns": "top-k", "top_k": 3, "quota_tokens": QUOTA}
 
 
@@ -44,6 +47,7 @@ class Serving:
     out: Path
     command: Command
     folder: Path
+    since: float
 
     def ask(self, party: str, *prompts: str, tokens: int = NEW_TOKENS) -> GenerateReport:
         return generate_local(self.out, party, prompts, max_new_tokens=tokens, raw=False, progress=Silent())
@@ -57,6 +61,11 @@ class Serving:
     def key(self, party: str) -> Path:
         return self.out / "parties" / party / "party.key"
 
+    def traces(self) -> list[Path]:
+        """Files with the text of a query, but for what `cloister generate` printed for the one who asked."""
+        files = [*files_under(self.folder), *left_elsewhere(self.since, besides=self.folder)]
+        return holding(without(files, self.folder / "secret" / "stdout"), *text_forms(SECRET))
+
     @property
     def address(self) -> str:
         return str(json.loads((self.out / "enclave" / "address").read_text())["address"])
@@ -66,10 +75,10 @@ class Serving:
 def serving(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("serving")
     changes = {"model": {"path": str(tiny_model_folder)}, "inference": RULES, "evaluation": {"baselines": []}}
-    job, out = write_job(folder, changes), folder / "out"
+    job, out, since = write_job(folder, changes), folder / "out", time.time()
     with started("run", job, "--out", out, "--serve", "--json", "--progress", "json", folder=folder) as command:
-        command.wait_for((out / "report.json").exists, "report")
-        yield Serving(out=out, command=command, folder=folder)
+        command.wait_for((out / "report.json").exists, "report", timeout_s=250.0)
+        yield Serving(out=out, command=command, folder=folder, since=since)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +153,19 @@ def test_a_query_of_another_party_or_session_does_not_exist(serving: Serving) ->
         assert north.request("query.close", {"id": query}) == {}
 
 
+def test_the_text_of_a_query_is_left_nowhere(serving: Serving) -> None:
+    """Of one that is answered, of one that is too long, of one by a party that may not ask."""
+    call = ("generate", serving.out, "--max-new-tokens", 1, "--json")
+    asked = finish(*call, "--prompt", SECRET, "--party", "north", folder=serving.folder / "secret")
+    assert asked.process.returncode == 0, asked.stdout + asked.stderr
+    assert SECRET in asked.stdout
+    assert SECRET not in asked.stderr
+    for party, prompt, code in (("north", SECRET * 1000, "capacity"), ("south", SECRET, "inference")):
+        refused = finish(*call, "--prompt", prompt, "--party", party, folder=serving.folder / code)
+        assert json.loads(refused.stdout)["error"]["code"] == code
+    assert serving.traces() == []
+
+
 def test_the_quota_ends_an_answer_and_then_refuses(serving: Serving) -> None:
     (last,) = serving.ask("north", "It is", tokens=QUOTA).answers
     assert (last.finish, 0 < last.tokens < QUOTA) == ("quota", True)
@@ -160,6 +182,7 @@ def test_ctrl_c_ends_a_serving_run_and_its_children(serving: Serving) -> None:
     assert serving.command.end(30.0) == 130
     assert not alive(enclave)
     assert "Traceback" not in serving.command.stderr
+    assert serving.traces() == []
     with pytest.raises(TransportError) as caught:
         serving.ask("north", "It is")
     assert f"--out {serving.out} --serve" in caught.value.hint

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import safetensors.numpy
 
 from tests.integration.conftest import FinishedRun
-from tests.integration.test_run import files_under, holding
+from tests.integration.search import files_under, holding, weights_of
 
 pytestmark = pytest.mark.integration
-
-
-def weights_of(adapter: Path) -> Iterator[bytes]:
-    """Some stretches of the trained matrices as they lie in memory: six numbers that none repeats by chance."""
-    for value in safetensors.numpy.load_file(adapter / "adapter_model.safetensors").values():
-        flat = np.ascontiguousarray(value).reshape(-1)
-        assert np.count_nonzero(flat[:6]) == 6
-        yield flat[:6].tobytes()
 
 
 def test_other_users_read_nothing(finished_run: FinishedRun) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from cloister.report.model import RunReport
 from tests.integration.conftest import FinishedRun
-from tests.integration.test_run import files_under, holding
+from tests.integration.search import files_under, holding
 from tests.integration.tiny_job import PARTIES, SECTIONS, alive, finish, started
 
 pytestmark = pytest.mark.integration

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from cloister.agreement.receipt import verify_receipt
 from cloister.attest.policy import AppraisalPolicy
 from cloister.cli.app import main
 from cloister.evaluation.scores import Scores
 from cloister.report.model import RunReport
-from tests.integration.conftest import CANARIES, FinishedRun
+from tests.integration.conftest import FinishedRun
+from tests.integration.search import files_under, holding, left_elsewhere, misplaced, text_forms
 from tests.integration.tiny_job import PARTIES
 
 pytestmark = pytest.mark.integration
@@ -33,18 +31,10 @@ ENCLAVE_TASKS = {
 """All that an enclave's operator is told: tasks, and what a note beside one may say."""
 
 
-def files_under(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
 def others(run: FinishedRun, party: str) -> list[Path]:
     """Every file of the run that is not in this party's folder, with output and temporary files of all processes."""
     found = [p for p in files_under(run.out) if run.out / "parties" / party not in p.parents]
     return [*found, *files_under(run.command)]
-
-
-def holding(paths: list[Path], needle: bytes) -> list[Path]:
-    return [path for path in paths if needle in path.read_bytes()]
 
 
 def test_what_a_run_leaves(finished_run: FinishedRun) -> None:
@@ -112,21 +102,22 @@ def test_the_folder_of_another_job(
 
 
 def test_a_partys_text_is_nowhere_else(finished_run: FinishedRun) -> None:
+    """Training text in no file but the party's own data, test text in none but those of the party."""
+    files = [*files_under(finished_run.out), *files_under(finished_run.command)]
     foreign = others(finished_run, "north")
     assert len(foreign) > 20
-    for part, canary in CANARIES.items():
-        assert canary.encode() in (finished_run.job.parent / "data" / f"north-{part}.jsonl").read_bytes()
-        for form in (canary.encode(), canary.encode("utf-16-le"), base64.b64encode(canary.encode())[:-4]):
-            assert holding(foreign, form) == []
-    everything = list(files_under(finished_run.out))
-    assert holding(everything, CANARIES["train"].encode()) == []  # not even the party writes training text down
+    for part, paths in {"train": files, "test": foreign}.items():
+        canary = finished_run.canaries[part]
+        assert holding([finished_run.job.parent / "data" / f"north-{part}.jsonl"], canary.encode()) != []
+        assert holding(paths, *text_forms(canary)) == []
 
 
 def test_nothing_in_temporary_folders(finished_run: FinishedRun) -> None:
     assert list((finished_run.command / "tmp").iterdir()) == []
-    shared = [p for folder in (Path("/tmp"), Path("/dev/shm")) for p in folder.iterdir() if p.is_file()]  # noqa: S108
-    for canary in CANARIES.values():
-        assert holding(shared, canary.encode()) == []
+    since, session = finished_run.job.stat().st_mtime, finished_run.job.parents[1]
+    shared = left_elsewhere(since, besides=session)
+    assert holding(shared, *(form for text in finished_run.canaries.values() for form in text_forms(text))) == []
+    assert misplaced(shared, finished_run.secrets()) == []
 
 
 def test_scores_of_single_examples_stay_with_their_party(finished_run: FinishedRun) -> None:
@@ -141,18 +132,9 @@ def test_scores_of_single_examples_stay_with_their_party(finished_run: FinishedR
 
 
 def test_secret_keys_stay_with_their_party(finished_run: FinishedRun) -> None:
-    for party in PARTIES:
-        folder = finished_run.out / "parties" / party
-        secrets = [path.read_bytes() for path in (folder / "bundles").glob("*.key")]
-        assert [len(secret) for secret in secrets] == [32, 32, 32]
-        private = load_pem_private_key((folder / "party.key").read_bytes(), password=None)
-        secrets.append(private.private_bytes_raw())  # type: ignore[union-attr]  # an Ed25519 key
-        foreign = others(finished_run, party)
-        beside = [path for path in files_under(folder) if path.suffix != ".key"]
-        for secret in secrets:
-            for form in (secret, secret.hex().encode(), base64.b64encode(secret)[:40]):
-                assert holding(foreign, form) == []
-                assert holding(beside, form) == []
+    owned = finished_run.secrets()
+    assert len(owned) == len(PARTIES) * 4
+    assert misplaced([*files_under(finished_run.out), *files_under(finished_run.command)], owned) == []
 
 
 def test_the_operator_reads_phases_counts_and_sizes_only(finished_run: FinishedRun) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,20 @@ from cloister.report.model import RunReport
 from cloister.silo.work import SiloWork
 from cloister.training.loop import snapshot
 from tests.integration.conftest import MakeJob
+from tests.integration.search import (
+    canary,
+    files_under,
+    holding,
+    left_elsewhere,
+    misplaced,
+    planted,
+    secrets_of,
+    text_forms,
+    weights_of,
+    without,
+)
 from tests.integration.test_restart import FLAGS, POLICY, committed, history
-from tests.integration.tiny_job import PARTIES, SLICE, finish, started
+from tests.integration.tiny_job import PARTIES, SLICE, finish, records, started, write_lines
 from tests.unit.masking.local import integers_in_place
 from tests.unit.silo.small import federate
 
@@ -53,8 +66,10 @@ def unmasked(loaded: LoadedJob) -> dict[str, bytes]:
 def test_the_whole_system_gives_the_adapter_of_plain_integer_products(
     make_job: MakeJob, tmp_path: Path, pads: str
 ) -> None:
+    """And leaves no party's text, keys or weights where they do not belong."""
     changes = copy.deepcopy(SLICE) | {"masking": {"pads": pads}, "training": {"keep": "last"}}
-    out = tmp_path / "out"
+    out, since = tmp_path / "out", time.time()
+    canaries = plant(tmp_path / "job")
     command = finish("run", make_job(changes), "--out", out, "--json", folder=tmp_path / "c", timeout_s=600.0)
     assert command.process.returncode == 0, command.stdout + command.stderr
     report = RunReport.model_validate_json(command.stdout)
@@ -70,6 +85,31 @@ def test_the_whole_system_gives_the_adapter_of_plain_integer_products(
     checks = {check["name"]: check["status"] for check in json.loads(verified.stdout)["checks"]}
     assert checks["party enclaves"] == "ok"
     assert set(checks.values()) == {"ok"}
+    nothing_is_left(tmp_path, canaries, since)
+
+
+def plant(job: Path) -> dict[str, str]:
+    """Writes the data of "north" with canaries; returns them by part."""
+    canaries = {part: canary(part) for part in ("train", "test")}
+    for part, text in canaries.items():
+        rows = records("north", part, 40 if part == "train" else 6)
+        write_lines(job / "data" / f"north-{part}.jsonl", planted(rows, text))
+    return canaries
+
+
+def nothing_is_left(folder: Path, canaries: dict[str, str], since: float) -> None:
+    """Training text is in no file at all, test text and the adapter in none but those of "north", keys in their own."""
+    parties = {party: folder / "out" / "parties" / party for party in PARTIES}
+    files = without(files_under(folder), folder / "job") + left_elsewhere(since, besides=folder)
+    assert [path for path in files if path.parent.name == "tmp"] == []
+    assert holding(files, *text_forms(canaries["train"])) == []
+    assert holding(without(files, parties["north"]), *text_forms(canaries["test"])) == []
+    owned = {path: s for at in parties.values() for path, s in secrets_of(at, at / "party.key").items()}
+    assert len(owned) == 2 * len(PARTIES)
+    assert misplaced(files, owned) == []
+    released = [parties["north"] / "adapter", folder / "out" / "adapter"]
+    for stretch in weights_of(released[0]):
+        assert holding(without(files, *released), stretch) == []
 
 
 def test_accelerator_party_and_server_die_and_the_adapter_is_the_same(make_job: MakeJob, tmp_path: Path) -> None:

@@ -108,10 +108,16 @@ def bad(tmp_path: Path, model: Path) -> Iterator[Callable[[dict[str, Link]], Run
 
 
 @pytest.mark.parametrize("condition", BAD)
-def test_a_bad_link(bad: Callable[..., Running], undisturbed: str, condition: str) -> None:
+def test_a_bad_link(
+    bad: Callable[..., Running], undisturbed: str, condition: str, measured: Callable[[str], None]
+) -> None:
+    began = time.monotonic()
     running = bad(dict.fromkeys(PARTIES, BAD[condition]))
-    assert running.end() == undisturbed
+    same = running.end() == undisturbed
     carried = {name: host.carried for name, host in running.hosts.items()}
+    dropped = {name: host.dropped for name, host in running.hosts.items()}
+    measured(f"the same adapter: {same}; {time.monotonic() - began:.0f} s; packets carried {carried}, lost {dropped}")
+    assert same
     assert min(carried.values()) > 500, carried
     if BAD[condition].loss:
         assert all(running.hosts[name].dropped > 10 for name in PARTIES)

@@ -5,25 +5,33 @@ from __future__ import annotations
 import json
 import resource
 import signal
-import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.numpy
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from tests.integration.search import (
+    canary,
+    core_dumps,
+    files_under,
+    holding,
+    left_elsewhere,
+    misplaced,
+    planted,
+    secrets_of,
+    text_forms,
+    weights_of,
+    without,
+)
 from tests.integration.test_faults import deployment
-from tests.integration.test_leaks import weights_of
-from tests.integration.test_run import files_under, holding
 from tests.integration.tiny_job import PARTIES, Command, records, started, write_job, write_lines, write_model
-from tests.unit.data.tiny_tokenizers import tiny_tokenizer
+from tests.unit.test_private import dumps
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(900)]
 
-PROMPT, RESPONSE = "canary-4Wd-prompt", "canary-4Wd-response"
 FLAGS = ("--insecure-simulated", "--json", "--progress", "json")
 
 
@@ -51,35 +59,14 @@ def start(stack: ExitStack, folder: Path, job: Path, keys: dict[str, Path], atte
     return roles
 
 
-def secrets_of(folder: Path, party: str, key: Path) -> dict[str, bytes]:
-    """What nobody else may have, by name."""
-    found = {str(path.name): path.read_bytes() for path in (folder / party / "bundles").glob("*.key")}
-    assert len(found) == 3
-    private = load_pem_private_key(key.read_bytes(), password=None)
-    found["signing key"] = private.private_bytes_raw()  # type: ignore[union-attr]  # an Ed25519 key
-    return found
-
-
-def token_forms(text: str) -> list[bytes]:
-    """A text's tokens as integers of 4 and 8 bytes, as they lie in tensors."""
-    ids = tiny_tokenizer("bos")(text, add_special_tokens=False)["input_ids"][2:-1]
-    assert len(ids) > 5
-    return [struct.pack(f"<{len(ids)}{kind}", *ids) for kind in "iq"]
-
-
-def shared_files() -> set[Path]:
-    places = [Path("/dev/shm"), Path("/tmp"), Path.cwd()]  # noqa: S108
-    return {path for place in places for path in place.iterdir() if path.is_file()}
-
-
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGABRT], ids=["killed", "crashed"])
 @pytest.mark.usefixtures("core_dumps_on")
-def test_nothing_secret_is_left(tmp_path: Path, ending: signal.Signals) -> None:
-    before = shared_files()
+def test_nothing_secret_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: signal.Signals) -> None:
+    monkeypatch.chdir(tmp_path)  # where roles would leave core dumps
+    would_dump, text, since = dumps("", tmp_path), canary("train"), time.time()
 
     def make(changes: dict[str, dict[str, Any]], **more: Any) -> Path:
-        row = {"id": "secret", "prompt": PROMPT, "response": RESPONSE, "task": "answer"}
-        write_lines(tmp_path / "job" / "data" / "north-train.jsonl", [*records("north", "train", 60), row])
+        write_lines(tmp_path / "job" / "data" / "north-train.jsonl", planted(records("north", "train", 61), text))
         return write_job(tmp_path / "job", {**changes, "model": {"path": str(write_model(tmp_path / "model"))}}, **more)
 
     job, keys = deployment(make, tmp_path, {"training": {"steps": 100}, "checkpoint": {"count": 10}})
@@ -89,32 +76,30 @@ def test_nothing_secret_is_left(tmp_path: Path, ending: signal.Signals) -> None:
         roles["enclave"].wait_for(lambda: checkpoints.is_dir() and any(checkpoints.iterdir()), "checkpoint", 300)
         for role in ("north", "enclave", "south"):
             roles[role].process.send_signal(ending)
-            roles[role].process.wait(60)
-    _search(tmp_path, keys, before)
+            assert roles[role].process.wait(60) == -ending
+    _search(tmp_path, keys, text, since)
     with ExitStack() as stack:
         roles = start(stack, tmp_path, job, keys, 2)
         for name in (*PARTIES, "enclave"):
             assert roles[name].end(300) == 0, roles[name].stdout + roles[name].stderr[-2000:]
-    _search(tmp_path, keys, before)
+    found = _search(tmp_path, keys, text, since)
     adapter = tmp_path / "north" / "adapter"
     for stretch in weights_of(adapter):
-        others = [p for p in [*files_under(tmp_path), *(shared_files() - before)] if adapter not in p.parents]
-        assert holding(others, stretch) == []
-    assert safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+        assert holding(without(found, adapter), stretch) == []
+    if ending == signal.SIGABRT and not would_dump:
+        pytest.skip("nothing was left, but this system leaves no core dumps as files, which the test could find")
 
 
-def _search(folder: Path, keys: dict[str, Path], before: set[Path]) -> None:
-    """Every file but the party's own: no text, no tokens of it, no key; and nothing left in temporary folders."""
-    new = shared_files() - before
-    everything = [*files_under(folder), *new]
-    assert [p for p in everything if p.name.startswith("core")] == []
+def _search(folder: Path, keys: dict[str, Path], text: str, since: float) -> list[Path]:
+    """Every file but the inputs: no text, no tokens of it, no keys but in their own files, no core dumps; returns them.
+
+    Nothing at all is left in folders for temporary files.
+    """
+    found = without(files_under(folder), folder / "job", folder / "model") + left_elsewhere(since, besides=folder)
+    assert core_dumps(files_under(folder)) == []
     assert [p for p in files_under(folder) if p.parent.name == "tmp"] == []
-    own_inputs = {folder / "job", folder / "model"}
-    found = [p for p in everything if not own_inputs & set(p.parents)]
-    for needle in (PROMPT.encode(), RESPONSE.encode(), *token_forms(RESPONSE)):
-        assert holding(found, needle) == []
-    for party in PARTIES:
-        mine = {keys[party], *(folder / party / "bundles").glob("*.key")}
-        for name, secret in secrets_of(folder, party, keys[party]).items():
-            for form in (secret, secret.hex().encode()):
-                assert holding([p for p in found if p not in mine], form) == [], f"{party}: {name}"
+    assert holding(found, *text_forms(text)) == []
+    owned = {p: s for party, key in keys.items() for p, s in secrets_of(folder / party, key).items()}
+    assert len(owned) == 4 * len(PARTIES)
+    assert misplaced(found, owned) == []
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +24,7 @@ MIB_PER_PARTY = 12
 NAMES = tuple(f"party-{number:02d}" for number in range(COUNT))
 
 
-def test_64_parties_at_once(tmp_path: Path) -> None:
+def test_64_parties_at_once(tmp_path: Path, measured: Callable[[str], None]) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text(
         '[policy]\naccept = ["simulated"]\ninsecure_simulated = true\n[[measurement]]\nlabel = "this"\n'
@@ -63,7 +64,11 @@ def test_64_parties_at_once(tmp_path: Path) -> None:
             assert crowd.returncode == 0, errors[-3000:]
             found |= json.loads(said)
         assert enclave.end(120) == 0, enclave.stdout + enclave.stderr[-2000:]
-    print(f"RSS from {watched.rss[0] / MIB:.0f} to {max(watched.rss) / MIB:.0f} MiB, {max(watched.files)} open files")
+    before, most = watched.rss[0] / MIB, max(watched.rss) / MIB
+    measured(
+        f"RSS {before:.0f} MiB before anybody came, {most:.0f} MiB at most, {(most - before) / COUNT:.1f} MiB for each "
+        f"party; {max(watched.files)} open files; {len(set(found.values()))} adapter, {len(found)} parties"
+    )
     assert set(found) == set(NAMES)
     assert len(set(found.values())) == 1
-    assert max(watched.rss) - watched.rss[0] < COUNT * MIB_PER_PARTY * MIB
+    assert most - before < COUNT * MIB_PER_PARTY

@@ -14,15 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.test_run import files_under, holding
+from tests.integration.search import files_under, holding
 from tests.integration.tiny_job import SLICE, Command, records, started, write_job, write_lines, write_model
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(900)]
 
 JOBS: dict[str, dict[str, dict[str, Any]]] = {
-    "first": {"training": {"steps": 40}, "checkpoint": {"count": 2}},
+    "first": {"training": {"steps": 1000}, "checkpoint": {"count": 2}},
     "second": {**SLICE, "masking": {"pads": "dual"}, "training": {"steps": 12}, "federation": {"rounds": 3}},
 }
+"""The first still trains when the second's rounds begin."""
 SPY = """
 import json, os, socket, stat, sys
 seen = []
@@ -75,7 +76,8 @@ def family(command: Command) -> list[psutil.Process]:
 def listening(command: Command) -> set[tuple[str, int]]:
     found = set()
     for process in family(command):
-        found |= {(c.laddr.ip, c.laddr.port) for c in process.net_connections("tcp") if c.status == "LISTEN"}
+        listeners = [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
+        found |= {(at.ip.removeprefix("::ffff:"), at.port) for at in listeners}  # gRPC writes IPv4 as IPv6
     return found
 
 

@@ -26,10 +26,12 @@ from cloister.job import Job
 from cloister.model.anatomy import load_model, load_tokenizer
 from cloister.model.cut import Former, Latter
 from cloister.report.fits import warnings
+from cloister.report.model import PartyFit
 
 BASE = Path(synthetic.__file__).parents[1] / "assets" / "demo" / "base"
 CUT = 2
 Change = Callable[[list[Pack]], list[Pack]]
+Measured = Callable[[str], None]
 
 
 def job(names: list[str]) -> Job:
@@ -84,8 +86,8 @@ def payload(party: str, declared: Job, train: Path, test: Path, former: Former, 
     return Payload.open(read, len(content), schema, torch.float32, f"train bundle of {party}")
 
 
-def warned(parties: list[PartyFiles], folder: Path, harm: str = "") -> list[str]:
-    """Train on everybody's payloads, of which the first party's does harm; returns whom the parties are warned of."""
+def trained(parties: list[PartyFiles], folder: Path, harm: str = "") -> list[PartyFit]:
+    """Train on everybody's payloads, of which the first party's does harm; returns how each party's data fit."""
     declared = job([files.name for files in parties])
     former = Former(load_model(BASE, "float32", "cpu"), CUT)
     payloads = {}
@@ -98,22 +100,42 @@ def warned(parties: list[PartyFiles], folder: Path, harm: str = "") -> list[str]
     _, result = run_training(work, resume=None)
     found = fits_of({name: (fit.tokens, fit.loss, fit.gradient_norm) for name, fit in result.fits.items()})
     assert [f.party for f in found] == [files.name for files in parties]
+    return found
+
+
+def warned(found: list[PartyFit]) -> list[str]:
+    """Whom the parties are warned of."""
     return list(dict.fromkeys(text.partition(":")[0] for text in warnings(found)))
+
+
+def scores(found: list[PartyFit]) -> str:
+    """The harmful party's first."""
+    losses, gradients = ([getattr(f, name) for f in found] for name in ("loss_z", "gradient_z"))
+    listed = [", ".join(f"{z:.2g}" for z in each) for each in (losses, gradients)]
+    return f"robust z of losses {listed[0]}; of gradients {listed[1]}"
 
 
 CHANGES: dict[str, Change] = {"scaled up": scaled(30.0), "scaled down": scaled(0.01), "noise": noise}
 
 
-def test_shuffled_answers_stand_out(parties: list[PartyFiles], tmp_path: Path) -> None:
-    assert warned(parties, tmp_path, "shuffled answers") == [parties[0].name]
+def test_shuffled_answers_stand_out(parties: list[PartyFiles], tmp_path: Path, measured: Measured) -> None:
+    found = trained(parties, tmp_path, "shuffled answers")
+    measured(scores(found))
+    assert warned(found) == [parties[0].name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", CHANGES)
-def test_activations_that_do_not_fit_stand_out(parties: list[PartyFiles], tmp_path: Path, harm: str) -> None:
-    assert warned(parties, tmp_path, harm) == [parties[0].name]
+def test_activations_that_do_not_fit_stand_out(
+    parties: list[PartyFiles], tmp_path: Path, harm: str, measured: Measured
+) -> None:
+    found = trained(parties, tmp_path, harm)
+    measured(scores(found))
+    assert warned(found) == [parties[0].name]
 
 
 @pytest.mark.slow
-def test_honest_parties_do_not(parties: list[PartyFiles], tmp_path: Path) -> None:
-    assert warned(parties, tmp_path) == []
+def test_honest_parties_do_not(parties: list[PartyFiles], tmp_path: Path, measured: Measured) -> None:
+    found = trained(parties, tmp_path)
+    measured(scores(found))
+    assert warned(found) == []
