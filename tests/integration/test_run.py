@@ -15,7 +15,7 @@ from cloister.evaluation.scores import Scores
 from cloister.report.model import RunReport
 from tests.integration.conftest import FinishedRun
 from tests.integration.search import files_under, holding, left_elsewhere, misplaced, text_forms
-from tests.integration.tiny_job import PARTIES
+from tests.integration.tiny_job import PARTIES, finish
 
 pytestmark = pytest.mark.integration
 
@@ -75,10 +75,12 @@ def test_stdout_is_one_object_and_stderr_only_progress(finished_run: FinishedRun
     assert [line for line in lines if not line.startswith('{"progress":')] == []
 
 
-def test_a_finished_run_is_not_run_again(finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_run_again(finished_run: FinishedRun, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in files_under(finished_run.out) if path.name != "job.toml"}
-    assert main(["run", str(finished_run.job), "--out", str(finished_run.out), "--json"]) == 0
-    assert RunReport.model_validate_json(capsys.readouterr().out) == finished_run.report
+    # As a process: it writes down the job's id again, and this one's umask would let others read it.
+    again = finish("run", finished_run.job, "--out", finished_run.out, "--json", folder=tmp_path)
+    assert again.process.returncode == 0, again.stderr
+    assert RunReport.model_validate_json(again.stdout) == finished_run.report
     after = {path: path.stat().st_mtime_ns for path in files_under(finished_run.out) if path.name != "job.toml"}
     assert {p for p in before if before[p] != after.get(p)} <= {finished_run.out / "job_id"}
 
