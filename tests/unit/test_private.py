@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -21,18 +20,20 @@ umask = os.umask(0)
 print(json.dumps({"umask": umask, "core": resource.getrlimit(resource.RLIMIT_CORE),
                   "dumpable": ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)}), flush=True)
 """
+# In the child and not as `preexec_fn`: that makes Python fork, and gRPC, which other tests have started by then,
+# aborts a fork whose descriptors are closed before it becomes another program (grpc/grpc issue 43055).
+OPEN = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_CORE, resource.getrlimit(resource.RLIMIT_CORE)[1:] * 2)
+os.umask(0o022)
+"""
 PRIVATE = {"umask": 0o077, "core": [0, 0], "dumpable": 0}
-
-
-def allow_core_dumps() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, resource.getrlimit(resource.RLIMIT_CORE)[1:] * 2)
-    os.umask(0o022)
 
 
 def python(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, preexec_fn=allow_core_dumps,
+        [sys.executable, "-c", f"{OPEN}\n{code}", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ WITHOUT = {
 
 def dumps(code: str, folder: Path) -> bool:
     """Whether a process that runs this code and then crashes leaves a core dump."""
-    assert python(f"import os\n{code}\nos.abort()", folder=folder).returncode == -signal.SIGABRT
+    assert python(f"{code}\nos.abort()", folder=folder).returncode == -signal.SIGABRT
     found = list(folder.glob("core*"))
     for path in found:
         path.unlink()
