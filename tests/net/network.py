@@ -62,14 +62,54 @@ class Host:
     carried: int = 0
     dropped: int = 0
     carried_bytes: int = 0
-    free_at: float = 0.0
-    """When the link has sent what it has taken."""
-    last_due: float = 0.0
 
     @property
     def inside(self) -> list[str]:
         """What to put before a command to run it in this host."""
         return ["ip", "netns", "exec", self.namespace]
+
+
+class Schedule:
+    """When each packet arrives, if it does. All that is kept is kept by direction: what one way waits for must not hold
+    up the other, or round trips grow without bound."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)  # noqa: S311  # losses are to be repeatable, not secret
+        self._free_at: dict[tuple[str, str], float] = {}  # of a link: when it has sent what it has taken
+        self._last_due: dict[tuple[str, str], float] = {}  # from one host to another: jitter keeps the order
+
+    def due(self, source: Host, target: Host, now: float, size: int) -> float | None:
+        """When a packet of `size` bytes, sent `now`, arrives; None if it is lost, which that link's host counts."""
+        overtakes = False
+        for host, way in ((source, "out"), (target, "in")):
+            sent = self._pass(host, way, now, size)
+            if sent is None:
+                host.dropped += 1
+                return None
+            host.carried += 1
+            host.carried_bytes += size
+            now = sent
+            if self._random.random() < host.link.reorder:
+                overtakes = True
+            else:
+                now += host.link.delay_s + host.link.jitter_s * self._random.random()
+        if not overtakes:
+            pair = (source.name, target.name)
+            now = self._last_due[pair] = max(now, self._last_due.get(pair, now))
+        return now
+
+    def _pass(self, host: Host, way: str, now: float, size: int) -> float | None:
+        """When a host's link has sent a packet, before its delay; None if the packet is lost."""
+        link = host.link
+        if link.cut or self._random.random() < link.loss:
+            return None
+        if link.bytes_per_s is None:
+            return now
+        begins = max(now, self._free_at.get((host.name, way), now))
+        if begins - now > link.queue_s:
+            return None
+        ends = self._free_at[host.name, way] = begins + size / link.bytes_per_s
+        return ends
 
 
 class Switch:
@@ -78,7 +118,7 @@ class Switch:
     def __init__(self, hosts: list[Host], seed: int) -> None:
         self._by_address = {bytes(map(int, host.address.split("."))): host for host in hosts}
         self._by_descriptor = {host.descriptor: host for host in hosts}
-        self._random = random.Random(seed)  # noqa: S311  # losses are to be repeatable, not secret
+        self._schedule = Schedule(seed)
         self._waiting: list[tuple[float, int, int, bytes]] = []
         self._count = itertools.count()
         self._wake_read, self._wake_write = os.pipe()
@@ -110,32 +150,9 @@ class Switch:
         target = self._by_address.get(packet[16:20])
         if packet[0] >> 4 != 4 or target is None:
             return
-        due = time.monotonic()
-        for host in (source, target):
-            later = self._pass(host, due, len(packet))
-            if later is None:
-                host.dropped += 1
-                return
-            host.carried += 1
-            host.carried_bytes += len(packet)
-            due = later
-        heapq.heappush(self._waiting, (due, next(self._count), target.descriptor, packet))
-
-    def _pass(self, host: Host, now: float, size: int) -> float | None:
-        """When a packet has passed a host's link; None if it is lost."""
-        link = host.link
-        if link.cut or self._random.random() < link.loss:
-            return None
-        if link.bytes_per_s is not None:
-            begins = max(now, host.free_at)
-            if begins - now > link.queue_s:
-                return None
-            now = host.free_at = begins + size / link.bytes_per_s
-        if self._random.random() < link.reorder:
-            return now
-        due = now + link.delay_s + link.jitter_s * self._random.random()
-        host.last_due = max(due, host.last_due)
-        return host.last_due
+        due = self._schedule.due(source, target, time.monotonic(), len(packet))
+        if due is not None:
+            heapq.heappush(self._waiting, (due, next(self._count), target.descriptor, packet))
 
 
 @contextmanager
