@@ -47,6 +47,7 @@ def open_job(loaded: LoadedJob, *, progress: Progress) -> OpenJob:
     policy = AppraisalPolicy.load(path)
     model = find_model(loaded.local_path(loaded.job.model.path), where=loaded.where("model", "path"))
     cut = find_cut(loaded, model)
+    check_positions(loaded, model)
     with task(progress, "hashing the model", total=model.num_bytes, unit="bytes") as running:
         resolved = resolve(loaded, cut=cut, policy_bytes=policy.to_bytes(), count=running.advance)
     return OpenJob(resolved=resolved, policy=policy)
@@ -61,6 +62,27 @@ def find_cut(loaded: LoadedJob, model: ModelFiles) -> int:
     if loaded.job.job.method == "slice":
         return 0
     return resolve_cut(loaded.job.model.cut, count_layers(model), where=loaded.where("model", "cut"))
+
+
+def check_positions(loaded: LoadedJob, model: ModelFiles) -> None:
+    """See that a model with a table of positions (GPT-2) has one for every token of the longest document.
+
+    Raises:
+        ModelError: it has fewer.
+    """
+    positions = model.config().get("n_positions")
+    if not isinstance(positions, int):
+        return  # positions are computed, for any length
+    job = loaded.job
+    in_front = job.adapter.prefix_tokens if job.adapter.kind == "ptuning" and job.job.method == "slice" else 0
+    longest = job.training.max_tokens
+    if longest + in_front > positions:
+        behind = f" behind a prefix of {in_front}" if in_front else ""
+        raise ModelError(
+            f"documents of up to {longest} tokens{behind} do not fit into the model's {positions} positions",
+            where=loaded.where("training", "max_tokens"),
+            hint=f"{'max_tokens and prefix_tokens together' if in_front else 'max_tokens'} can be at most {positions}",
+        )
 
 
 def count_layers(model: ModelFiles) -> int:

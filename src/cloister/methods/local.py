@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cloister.accelerator.address import socket_folder
-from cloister.agreement.job import OpenJob, find_cut, open_job
+from cloister.agreement.job import OpenJob, check_positions, find_cut, open_job
 from cloister.attest.backends.simulated import measure_source
 from cloister.crypto.keys import PartyKey
 from cloister.crypto.sealing import write_durably
@@ -153,6 +153,7 @@ def _check_paths(loaded: LoadedJob) -> None:
     """Find what is missing before anything is written, and name the line of the user's own file."""
     model = find_model(loaded.local_path(loaded.job.model.path), where=loaded.where("model", "path"))
     find_cut(loaded, model)
+    check_positions(loaded, model)
     for party in loaded.job.party:
         _with_paths(party, loaded)
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from cloister.adapters.size import Sizes, trained_parameters
 from cloister.adapters.spf.rows import Heads
-from cloister.agreement.job import count_layers, find_cut
+from cloister.agreement.job import check_positions, count_layers, find_cut
 from cloister.attest.policy import AppraisalPolicy
 from cloister.errors import ModelError
 from cloister.job import Job
@@ -45,6 +45,7 @@ def plan_job(loaded: LoadedJob, *, progress: Progress) -> PlanReport:
     policy_bytes = AppraisalPolicy.load(policy).to_bytes() if policy else b""
     files = find_model(loaded.local_path(job.model.path), where=loaded.where("model", "path"))
     layers, cut = count_layers(files), find_cut(loaded, files)
+    check_positions(loaded, files)
     with task(progress, "hashing the model", total=files.num_bytes, unit="bytes") as running:
         resolved = resolve(loaded, cut=cut, policy_bytes=policy_bytes, count=running.advance)
     config: Any = AutoConfig.from_pretrained(files.folder, local_files_only=True)  # Any: each architecture has its own

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cloister.agreement.job import count_layers, resolve_cut
+from cloister.agreement.job import check_positions, count_layers, resolve_cut
 from cloister.errors import ModelError
-from cloister.jobfile import ModelFiles
+from cloister.jobfile import ModelFiles, load_job
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,38 @@ def test_no_layers(tmp_path: Path, config: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="num_hidden_layers"):
         count_layers(ModelFiles(folder=tmp_path, files=()))
+
+
+LORA = 'kind = "lora"'
+PREFIX = 'kind = "ptuning"\nprefix_tokens = 16'
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "config", "fits"),
+    [
+        ("split", LORA, {"n_positions": 64}, True),
+        ("split", LORA, {"n_positions": 63}, False),
+        ("split", LORA, {"max_position_embeddings": 63}, True),  # rotary: computed for any length
+        ("split", PREFIX, {"n_positions": 64}, True),  # latter layers only: tokens keep their positions
+        ("slice", PREFIX, {"n_positions": 80}, True),
+        ("slice", PREFIX, {"n_positions": 79}, False),
+    ],
+)
+def test_a_table_of_positions_is_long_enough(
+    tmp_path: Path, method: str, adapter: str, config: dict[str, int], fits: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = ["[job]", 'name = "x"', f'method = "{method}"', "[model]", 'path = "m"', "[adapter]", adapter]
+    lines += ["[training]", "steps = 4", "max_tokens = 64"]
+    for party in ("a", "b"):
+        lines += ["[[party]]", f'name = "{party}"', 'train = "t"', 'test = "t"']
+    text = "\n".join(lines)
+    (tmp_path / "job.toml").write_text(text)
+    loaded, model = load_job(tmp_path / "job.toml"), ModelFiles(folder=tmp_path, files=())
+    if fits:
+        check_positions(loaded, model)
+        return
+    with pytest.raises(ModelError, match="do not fit into the model's") as error:
+        check_positions(loaded, model)
+    assert str(config["n_positions"]) in error.value.hint
+    assert error.value.where.endswith(f"job.toml:{1 + text.splitlines().index('max_tokens = 64')}: [training] max_tokens")
