@@ -43,7 +43,7 @@ def main() -> None:
         ratios = found[text]["planned / measured"]
         off += [f"{text}: {name} {ratios[name]}" for name in AIMED if not 0.75 <= ratios[name] <= 1.25]
     print(json.dumps(found, indent=1))
-    sys.exit("\n".join(off))
+    sys.exit("\n".join(off) or None)
 
 
 def shape(text: str) -> str:

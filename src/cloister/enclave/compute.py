@@ -58,12 +58,18 @@ def open_payloads(opened: ExitStack, job: Job, latter: Latter, sources: Sources)
     """Open all bundles until `opened` is closed; what is in them is decrypted when it is read.
 
     Raises:
-        ProtocolError: a bundle's header or index is malformed; names the party.
+        ProtocolError: a bundle's header or index is malformed, or a test set has more examples than the job takes;
+            names the party.
     """
-    return {
+    payloads = {
         kind: {party: _open(opened, job, latter, f"{kind} bundle of {party}", *source) for party, source in of.items()}
         for kind, of in sources.items()
     }
+    most = job.evaluation.max_examples
+    for payload in payloads.get("test", {}).values():
+        if most is not None and (count := len(payload.examples())) > most:
+            raise ProtocolError(f"there are {count} examples, the job takes {most}", where=payload.where)
+    return payloads
 
 
 def require_packs(payloads: Payloads, job: Job) -> None:
@@ -139,7 +145,7 @@ def run_scoring(
 
     Raises: as `run_training`.
     """
-    tests = {party: (payload, _test_examples(work, payload)) for party, payload in work.payloads["test"].items()}
+    tests = {party: (payload, payload.examples()) for party, payload in work.payloads["test"].items()}
     found = {}
     for system in work.systems:
         with adapted.disable_adapter() if system == "base" else nullcontext():
@@ -148,14 +154,6 @@ def run_scoring(
                 for party, (payload, examples) in tests.items()
             }
     return found
-
-
-def _test_examples(work: Work, payload: Payload) -> list[Example]:
-    """Raises: ProtocolError: there are more than the job allows, so that one party's test would hold up all others."""
-    examples, most = payload.examples(), work.job.evaluation.max_examples
-    if most is not None and len(examples) > most:
-        raise ProtocolError(f"there are {len(examples)} examples, the job takes {most}", where=payload.where)
-    return examples
 
 
 def _open(opened: ExitStack, job: Job, latter: Latter, where: str, bundle: VerifiedBundle, key: DataKey) -> Payload:

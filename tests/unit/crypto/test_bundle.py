@@ -260,14 +260,35 @@ def test_reader_between_threads(tmp_path: Path) -> None:
     assert wrong == []
 
 
+def test_no_thread_keeps_plaintext(tmp_path: Path) -> None:
+    """Training reads in threads of its own, which are gone when the reader is closed."""
+    data_key, kept = write(tmp_path / "b", b"x" * 500, KEY), []
+    views = memoryview
+
+    def watched(buffer: object) -> memoryview:
+        kept.append(views(buffer))  # type: ignore[arg-type]
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cloister.crypto.bundle.reader.memoryview", watched, raising=False)
+        with SealedReader(verify(tmp_path / "b", KEY), data_key) as reader:
+            for _ in range(3):
+                thread = threading.Thread(target=reader.read, args=(0, 500))
+                thread.start()
+                thread.join()
+            assert any(b"xxxxxxxx" in bytes(view) for view in kept)
+    # What was asked for is the reader's to keep; all else that it wrote plaintext to is wiped.
+    assert not any(b"xxxxxxxx" in bytes(view) for view in kept if len(view) in (CHUNK, CHUNK + 16))
+
+
 def test_a_wrong_key_leaves_no_plaintext(tmp_path: Path) -> None:
     write(tmp_path / "b", b"x" * 100, KEY)
     with SealedReader(verify(tmp_path / "b", KEY), DataKey.generate()) as reader:
-        reader._buffers.plain[:] = b"p" * CHUNK
+        reader._plain[:] = b"p" * CHUNK
         with pytest.raises(VerificationError) as refused:
             reader.read(0, 10)
         assert refused.value.code == "tag"
-        assert bytes(reader._buffers.plain) == bytes(CHUNK)
+        assert bytes(reader._plain) == bytes(CHUNK)
 
 
 def test_commitment_is_over_ciphertext(tmp_path: Path) -> None:

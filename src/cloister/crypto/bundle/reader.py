@@ -19,17 +19,8 @@ from cloister.crypto.keys import DataKey
 from cloister.errors import DataError, VerificationError
 
 
-class _Buffers(threading.local):
-    """Per thread: one chunk of ciphertext, one of plaintext, and which chunk the plaintext is."""
-
-    def __init__(self, chunk_bytes: int) -> None:
-        self.sealed = memoryview(bytearray(chunk_bytes + TAG_BYTES))
-        self.plain = memoryview(bytearray(chunk_bytes))
-        self.index = -1
-
-
 class SealedReader:
-    """Random access to a bundle's plaintext; safe to share between threads (two chunks of memory per thread).
+    """Random access to a bundle's plaintext in two chunks of memory; threads may share it and read in turn.
 
     Each chunk is compared with the hash that `verify_bundle` took before it is decrypted. The tag alone would not
     do: whoever holds the data key (the party) could, together with the disk's owner, swap in another chunk with a
@@ -40,8 +31,11 @@ class SealedReader:
         self.bundle = bundle
         self._aead = AESGCM(data_key.reveal())
         self._header_hash = bundle.header.hash
-        self._buffers = _Buffers(bundle.header.chunk_bytes)
-        self._seek_lock = threading.Lock()
+        # One pair for all threads: what each had of its own would outlive it, and nobody could wipe it.
+        self._sealed = memoryview(bytearray(bundle.header.chunk_bytes + TAG_BYTES))
+        self._plain = memoryview(bytearray(bundle.header.chunk_bytes))
+        self._index = -1
+        self._lock = threading.Lock()
         try:
             self._file = bundle.path.open("rb", buffering=0)
         except OSError as exc:
@@ -54,9 +48,10 @@ class SealedReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file and wipe this thread's plaintext."""
-        self._file.close()
-        self._wipe()
+        """Close the file and wipe the plaintext."""
+        with self._lock:
+            self._file.close()
+            self._wipe()
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes of plaintext from `offset`; decrypts only the chunks that cover them.
@@ -77,25 +72,27 @@ class SealedReader:
         done = 0
         while done < len(view):
             index, start = divmod(offset + done, size)
-            plain = self._chunk(index)
-            take = min(len(plain) - start, len(view) - done)
-            view[done : done + take] = plain[start : start + take]
+            with self._lock:
+                plain = self._chunk(index)
+                take = min(len(plain) - start, len(view) - done)
+                view[done : done + take] = plain[start : start + take]
             done += take
 
     def stream(self) -> Iterator[bytes]:
         """Yield the whole plaintext, one chunk after the other."""
         for index in range(self.bundle.num_chunks):
-            yield bytes(self._chunk(index))
+            with self._lock:
+                plain = bytes(self._chunk(index))
+            yield plain
 
     def _chunk(self, index: int) -> memoryview:
-        """Plaintext of a chunk, in this thread's buffer: valid until the thread's next call."""
-        buffers = self._buffers
+        """Plaintext of a chunk, valid until the next call; the lock is the caller's."""
         length = self.bundle.chunk_length(index)
-        plain = buffers.plain[:length]
-        if buffers.index == index:
+        plain = self._plain[:length]
+        if self._index == index:
             return plain
-        buffers.index = -1
-        sealed = buffers.sealed[: length + TAG_BYTES]
+        self._index = -1
+        sealed = self._sealed[: length + TAG_BYTES]
         self._pread(sealed, self.bundle.chunk_offset(index))
         leaf = self.bundle.leaves[index * HASH_BYTES : (index + 1) * HASH_BYTES]
         if not compare_digest(hashlib.sha256(sealed).digest(), leaf):
@@ -111,7 +108,7 @@ class SealedReader:
             raise VerificationError(
                 "tag", f"chunk {index} cannot be opened", where=str(self.bundle.path), hint=hint
             ) from exc
-        buffers.index = index
+        self._index = index
         return plain
 
     def _pread(self, buffer: memoryview, offset: int) -> None:
@@ -125,10 +122,9 @@ class SealedReader:
     def _read_at(self, buffer: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [buffer], offset)
-        with self._seek_lock:  # macOS before 11 and Windows
-            self._file.seek(offset)
-            return self._file.readinto(buffer) or 0
+        self._file.seek(offset)  # macOS before 11 and Windows
+        return self._file.readinto(buffer) or 0
 
     def _wipe(self) -> None:
-        self._buffers.plain[:] = bytes(len(self._buffers.plain))
-        self._buffers.index = -1
+        self._plain[:] = bytes(len(self._plain))
+        self._index = -1
