@@ -15,7 +15,6 @@ from cloister.crypto.bundle import SealedReader, VerifiedBundle
 from cloister.crypto.keys import DataKey
 from cloister.data.activations import Schema
 from cloister.data.payload import Payload
-from cloister.data.tokens import Example
 from cloister.enclave.pool import Pool
 from cloister.errors import CloisterError, JobError, ProtocolError
 from cloister.evaluation.scores import Scores, score

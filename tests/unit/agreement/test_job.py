@@ -74,4 +74,6 @@ def test_a_table_of_positions_is_long_enough(
     with pytest.raises(ModelError, match="do not fit into the model's") as error:
         check_positions(loaded, model)
     assert str(config["n_positions"]) in error.value.hint
-    assert error.value.where.endswith(f"job.toml:{1 + text.splitlines().index('max_tokens = 64')}: [training] max_tokens")
+    assert error.value.where.endswith(
+        f"job.toml:{1 + text.splitlines().index('max_tokens = 64')}: [training] max_tokens"
+    )

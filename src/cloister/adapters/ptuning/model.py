@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from cloister.adapters.base_digest import base_digest, is_plain
 from cloister.adapters.ptuning.prefix import PrefixedCache, PrefixEncoder, cache_argument, find_attention
 from cloister.adapters.registry import TunerType
-from cloister.adapters.settings import is_count, not_layers, refuse
+from cloister.adapters.settings import as_list, is_count, not_layers, refuse
 from cloister.errors import AdapterError
 from cloister.model.anatomy import find_anatomy
 from cloister.model.attention import causal_behind, seeing_prefix
@@ -57,6 +57,7 @@ class PTuningConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = TunerType.PTUNING
+        self.layers_to_transform = as_list(self.layers_to_transform)  # type: ignore[assignment]  # checked below
         tokens, hidden = self.num_virtual_tokens, self.encoder_hidden_size
         faults = {
             "num_virtual_tokens": not is_count(tokens) and f"must be at least 1, got {tokens!r}",
@@ -64,6 +65,9 @@ class PTuningConfig(PeftConfig):
             and not is_count(hidden)
             and f"must be at least 1, got {hidden!r}",
             "layers_to_transform": not_layers(self.layers_to_transform),
+            "position_offset": self.position_offset is not None
+            and not is_count(self.position_offset, 0)
+            and f"must be a whole number of at least 0, got {self.position_offset!r}",
         }
         refuse("PTuningConfig", faults)
 
@@ -162,6 +166,8 @@ class PTuningModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if "." in adapter_name:  # torch would say it less clearly
+            raise AdapterError(f"an adapter's name has no dot, got {adapter_name!r}", hint="choose another name")
         layer = target if isinstance(target, PrefixedAttention) else PrefixedAttention(target)
         if peft_config.encoder_hidden_size is None:
             heads, width = head_shape(self.model.config)

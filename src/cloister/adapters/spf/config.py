@@ -13,7 +13,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from cloister.adapters.registry import TunerType
-from cloister.adapters.settings import as_number, is_count, not_layers, not_one_of, refuse
+from cloister.adapters.settings import as_list, as_number, is_count, not_layers, not_names, not_one_of, refuse
 from cloister.job import Criterion, Unit
 
 
@@ -53,6 +53,7 @@ class SPFConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = TunerType.SPF
+        self.layers_to_transform = as_list(self.layers_to_transform)  # type: ignore[assignment]  # checked next
         self._check()
 
     def _check(self) -> None:
@@ -60,15 +61,22 @@ class SPFConfig(PeftConfig):
             "ratio": not 0.0 < as_number(self.ratio) <= 1.0 and f"must lie in (0, 1], got {self.ratio!r}",
             "criterion": not_one_of(self.criterion, get_args(Criterion)),
             "unit": not_one_of(self.unit, get_args(Unit)),
-            "tie_groups": self.tie_groups and self.unit == "row" and 'ties heads, but unit is "row"',
+            "tie_groups": (not isinstance(self.tie_groups, bool) and f"must be true or false, got {self.tie_groups!r}")
+            or (self.tie_groups and self.unit == "row" and 'ties heads, but unit is "row"'),
             "r": not is_count(self.r)
             and f"must be at least 1, got {self.r!r}; lora_target_modules = [] leaves LoRA out",
             "lora_alpha": not 0.0 < as_number(self.lora_alpha) < math.inf
             and f"must be positive, got {self.lora_alpha!r}",
             "lora_dropout": not 0.0 <= as_number(self.lora_dropout) < 1.0
             and f"must lie in [0, 1), got {self.lora_dropout!r}",
-            "target_modules": self.target_modules == [] and "is empty, so no rows would be trained",
+            "target_modules": not_names(self.target_modules)
+            or (self.target_modules == [] and "is empty, so no rows would be trained"),
+            "lora_target_modules": not_names(self.lora_target_modules),
             "layers_to_transform": not_layers(self.layers_to_transform),
+            "layers_pattern": self.layers_pattern is not None
+            and not (isinstance(self.layers_pattern, str) and self.layers_pattern.isidentifier())
+            and f"must be the name of a list of layers, got {self.layers_pattern!r}",
+            "seed": not is_count(self.seed, 0) and f"must be a whole number of at least 0, got {self.seed!r}",
         }
         refuse("SPFConfig", faults)
 

@@ -14,7 +14,7 @@ Saved under the module's name, for each adapter:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,14 +43,16 @@ class SPFLayer(nn.Module, BaseTunerLayer):
         self.transposed = type(base_layer).__name__ == "Conv1D"
         weight_of(base_layer, "SPF")
         self.spf_rows = nn.ParameterDict()
-        self.spf_index = _Checked(self._check_index)
-        self.spf_base = _Checked(self._check_base)
+        self.spf_index = _Checked(self._assign_index)
+        self.spf_base = _Checked(self._assign_base)
         self.spf_lora_A = nn.ModuleDict()
         self.spf_lora_B = nn.ModuleDict()
         self.spf_lora_dropout = nn.ModuleDict()
         self.spf_scaling: dict[str, float] = {}
         self._before_merge: dict[str, Tensor] = {}
         self._unchosen: set[str] = set()
+        self._begun: dict[str, nn.Parameter] = {}
+        self._assigned: dict[str, set[str]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -74,6 +76,8 @@ class SPFLayer(nn.Module, BaseTunerLayer):
         digest = base_digest([self.weight_MK])
         self.spf_base[name] = torch.tensor(list(digest), dtype=torch.uint8, device=device)
         self.spf_rows[name] = nn.Parameter(self.weight_MK.index_select(0, self.spf_index[name]).contiguous())
+        self._begun[name] = self.spf_rows[name]
+        self._assigned.pop(name, None)
 
     def add_lora(self, name: str, lora_rank: int, alpha: float, dropout: float) -> None:
         """Add LoRA to an adapter, as PEFT begins it: A random by Kaiming's rule, B zero."""
@@ -119,6 +123,10 @@ class SPFLayer(nn.Module, BaseTunerLayer):
                 where="SPF criterion",
                 hint="make them by cloister.adapters.gradient_norms and pass them as gradient_norms",
             )
+        for name in names:
+            if assigned := self._assigned.get(name):
+                begun = self.spf_rows[name] is self._begun[name]
+                _require_all(assigned if begun else assigned | {"spf_rows"})
         return [(self.spf_rows[name], self.spf_index[name]) for name in names]
 
     def _active(self, among: nn.ModuleDict) -> list[str]:
@@ -189,14 +197,17 @@ class SPFLayer(nn.Module, BaseTunerLayer):
     def _check(self, name: str, saved: Mapping[str, Tensor]) -> None:
         if not saved:
             return
-        missing = [part for part in ("spf_rows", "spf_index", "spf_base") if part not in saved]
-        if missing:
-            raise AdapterError(
-                f"the saved adapter has no {missing[0]}: rows, their numbers and their base's digest belong together",
-                hint="load the adapter's file as it was saved, with all its tensors",
-            )
+        _require_all(saved)
         self._check_base(name, saved["spf_base"])
         self._check_index(name, saved["spf_index"])
+
+    def _assign_base(self, name: str, digest: Tensor) -> None:
+        self._check_base(name, digest)
+        self._assigned.setdefault(name, set()).add("spf_base")
+
+    def _assign_index(self, name: str, index_S: Tensor) -> None:
+        self._check_index(name, index_S)
+        self._assigned.setdefault(name, set()).add("spf_index")
 
     def _check_base(self, name: str, digest: Tensor) -> None:
         if not torch.equal(digest.cpu(), self.spf_base[name].cpu()):
@@ -218,7 +229,8 @@ class SPFLayer(nn.Module, BaseTunerLayer):
 
 
 class _Checked(BufferDict):
-    """Buffers that are checked before others replace them, since transformers loads an adapter by assignment."""
+    """Buffers that are checked before others replace them, since transformers loads an adapter by assignment, tensor by
+    tensor; whether all have come is then known when they are used."""
 
     def __init__(self, check: Callable[[str, Tensor], None]) -> None:
         super().__init__(persistent=True)
@@ -228,6 +240,15 @@ class _Checked(BufferDict):
         if name in self.__dict__.get("_buffers", ()):
             self._check(name, value)
         super().__setattr__(name, value)
+
+
+def _require_all(parts: Collection[str]) -> None:
+    missing = [part for part in ("spf_rows", "spf_index", "spf_base") if part not in parts]
+    if missing:
+        raise AdapterError(
+            f"the saved adapter has no {missing[0]}: rows, their numbers and their base's digest belong together",
+            hint="load the adapter's file as it was saved, with all its tensors",
+        )
 
 
 def weight_of(module: nn.Module, what: str) -> Tensor:

@@ -262,11 +262,24 @@ def test_a_base_that_only_seems_to_hold_numbers_cannot_be_told() -> None:
         ("layers_to_transform", 1, "layers_to_transform must be numbers of layers"),
         ("layers_to_transform", [-1], "layers_to_transform must be numbers of layers"),
         ("layers_to_transform", ["1"], "layers_to_transform must be numbers of layers"),
+        ("encoder_hidden_size", True, "encoder_hidden_size must be at least 1, got True"),
+        ("position_offset", "x", "position_offset must be a whole number of at least 0, got 'x'"),
     ],
 )
 def test_a_wrong_setting_is_named(field: str, value: object, says: str) -> None:
     with pytest.raises(AdapterError, match=says):
         PTuningConfig(**{field: value})  # type: ignore[arg-type]  # that is the point
+
+
+def test_a_name_with_a_dot_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"an adapter's name has no dot, got 'a\.b'"):
+        get_peft_model(tiny_model("llama"), PTuningConfig(), adapter_name="a.b")
+
+
+def test_layers_as_a_range_can_be_saved(tmp_path: Path) -> None:
+    config = PTuningConfig(layers_to_transform=range(2, 4))  # type: ignore[arg-type]  # users do
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["layers_to_transform"] == [2, 3]
 
 
 def test_loading_by_transformers_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_under_autocast_it_is_full_fine_tuning_under_autocast(name: str) -> None
         ("layers_to_transform", [], "layers_to_transform must be numbers of layers"),
         ("layers_to_transform", [-1], "layers_to_transform must be numbers of layers"),
         ("layers_to_transform", "01", "layers_to_transform must be numbers of layers"),
+        ("layers_to_transform", b"\2\3", "layers_to_transform must be numbers of layers"),
+        ("layers_to_transform", [1, 1], "layers_to_transform must be numbers of layers"),
+        ("r", True, "r must be at least 1, got True"),
+        ("ratio", True, r"ratio must lie in \(0, 1\], got True"),
+        ("target_modules", 5, "target_modules must be names of modules, got 5"),
+        ("lora_target_modules", [5], r"lora_target_modules must be names of modules, got \[5\]"),
+        ("layers_pattern", "[", r"layers_pattern must be the name of a list of layers, got '\['"),
+        ("seed", "x", "seed must be a whole number of at least 0, got 'x'"),
+        ("tie_groups", "no", "tie_groups must be true or false, got 'no'"),
     ],
 )
 def test_a_wrong_setting_is_named(field: str, value: object, says: str) -> None:

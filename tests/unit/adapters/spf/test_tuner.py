@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -310,6 +311,17 @@ def test_transformers_cannot_load_an_adapter_of_another_base(tmp_path: Path) -> 
     adapted_model("llama", moved=True).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="trained on another base model"):
         tiny_model("llama", seed=1).load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["spf_rows", "spf_index", "spf_base"])
+def test_transformers_cannot_use_an_adapter_without_some_of_its_tensors(part: str, tmp_path: Path) -> None:
+    adapted_model("llama", moved=True, criterion="random", seed=1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if part not in key}, file)
+    model = tiny_model("llama")
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(AdapterError, match=f"the saved adapter has no {part}"):
+        logits(model)
 
 
 # Becoming known to PEFT -----------------------------------------------------------------------------------------------
