@@ -115,6 +115,22 @@ def test_a_death_counts_for_the_point_that_brought_it(tmp_path: Path, code: int,
     assert job.hit == points[:hits]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify")
+def test_one_death_is_one_kill(tmp_path: Path) -> None:
+    """Of two operations it is the first that brought it, and the second never comes."""
+    points = [Point(victim="enclave", phase="any time", operation=n) for n in (9, 4)]
+    job = Job(
+        deployment=Deployment(method="split", folder=tmp_path), folder=tmp_path / "job", sockets=tmp_path, points=points
+    )
+    role = job._roles["enclave"]
+    for _ in range(2):
+        role.starts += 1
+        role.process = SimpleNamespace(poll=lambda: -9)  # type: ignore[assignment]  # all of one that is used
+        job._look_after(role, 0.0)
+    job._watch.close()
+    assert job.hit == points[1:]
+
+
 @pytest.mark.parametrize("roles", [c for n in (1, 2, 3) for c in itertools.combinations(ROLES, n)])
 def test_all_cells_of_the_roles_are_drawn_and_no_others(matrix: Matrix, roles: tuple[str, ...]) -> None:
     played = [trial() for trial in trials(matrix, 1, 80, [], roles)]

@@ -234,8 +234,9 @@ class Job:
     def _ended(self, role: _Role, code: int) -> str:
         process = role.process
         if code == -9 or process is None:
-            own = [p for p in self.points if p.operation is not None and p.victim == role.name]
-            self.hit += [p for p in own if p not in self.hit]
+            own = [(p.operation, p.after, p) for p in self.points if p.operation is not None and p.victim == role.name]
+            if own and role.starts == 1:  # the first of them brought it; they are armed at the first start only
+                self.hit.append(min(own, key=lambda each: each[:2])[2])
             return ""
         if "Traceback" in process.stderr:
             return f"{role.name} shows a traceback: {process.stderr[-1500:]}"

@@ -72,6 +72,11 @@ def files_under(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+def left_for_a_while(folder: Path) -> list[Path]:
+    """Files and folders, at any depth, in folders for temporary files of the test's own commands."""
+    return [path for temporary in folder.rglob("tmp") if temporary.is_dir() for path in temporary.rglob("*")]
+
+
 def without(paths: Iterable[Path], *folders: Path) -> list[Path]:
     """Those that are none of these and lie in none of them."""
     return [path for path in paths if not {path, *path.parents} & set(folders)]

@@ -31,6 +31,7 @@ from tests.integration.search import (
     files_under,
     holding,
     left_elsewhere,
+    left_for_a_while,
     misplaced,
     planted,
     secrets_of,
@@ -101,7 +102,7 @@ def nothing_is_left(folder: Path, canaries: dict[str, str], since: float) -> Non
     """Training text is in no file at all, test text and the adapter in none but those of "north", keys in their own."""
     parties = {party: folder / "out" / "parties" / party for party in PARTIES}
     files = without(files_under(folder), folder / "job") + left_elsewhere(since, besides=folder)
-    assert [path for path in files if path.parent.name == "tmp"] == []
+    assert left_for_a_while(folder) == []
     assert holding(files, *text_forms(canaries["train"])) == []
     assert holding(without(files, parties["north"]), *text_forms(canaries["test"])) == []
     owned = {path: s for at in parties.values() for path, s in secrets_of(at, at / "party.key").items()}

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import random
+import resource
 import signal
 import socket
 import sys
@@ -65,6 +66,7 @@ class Strangers:
                 if self._stop.is_set():
                     return
                 held.append(opened.enter_context(self._dial("silent")))
+                self.done["silent at once"] = max(len(held), self.done["silent at once"])
             self._stop.wait(2.0)
 
     def _one_byte_a_second(self) -> None:
@@ -107,6 +109,8 @@ class Strangers:
 
 
 if __name__ == "__main__":
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(most, 1 << 14)), most))
     strangers = Strangers(sys.argv[1], int(sys.argv[2]))
     strangers.run()
     sys.stdout.write(json.dumps(dict(strangers.done)))

@@ -19,6 +19,7 @@ from tests.integration.search import (
     files_under,
     holding,
     left_elsewhere,
+    left_for_a_while,
     misplaced,
     planted,
     secrets_of,
@@ -97,7 +98,7 @@ def _search(folder: Path, keys: dict[str, Path], text: str, since: float) -> lis
     """
     found = without(files_under(folder), folder / "job", folder / "model") + left_elsewhere(since, besides=folder)
     assert core_dumps(files_under(folder)) == []
-    assert [p for p in files_under(folder) if p.parent.name == "tmp"] == []
+    assert left_for_a_while(folder) == []
     assert holding(found, *text_forms(text)) == []
     owned = {p: s for party, key in keys.items() for p, s in secrets_of(folder / party, key).items()}
     assert len(owned) == 4 * len(PARTIES)
