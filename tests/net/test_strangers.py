@@ -152,8 +152,8 @@ def test_strangers_of_every_kind_do_not_stop_a_job(
     first, second = (max(half) / MIB for half in halves)
     measured(
         f"{done[1]['silent at once']} silent connections at once to a server that takes {MAX_CONNECTIONS}, "
-        f"{seconds:.0f} s: {max(watched.files)} open files; RSS {max(before) / MIB:.0f} MiB before, at most {first:.0f} MiB in its "
-        f"first half, {second:.0f} MiB in the second; strangers did {done[1]}"
+        f"{seconds:.0f} s: {max(watched.files)} open files; RSS {max(before) / MIB:.0f} MiB before, at most "
+        f"{first:.0f} MiB in its first half, {second:.0f} MiB in the second; strangers did {done[1]}"
     )
     assert done[1]["silent at once"] == SILENT
     assert all(one[kind] > 0 for one in done for kind in ("slow", "long frames", "garbage", "silent calls"))
