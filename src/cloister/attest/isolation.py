@@ -45,7 +45,7 @@ def require_isolated(kind: str) -> None:
         raise UsageError(
             f"this Python is not isolated, so {kind} evidence would not say what it runs: {'; '.join(faults)}",
             where="enclave",
-            hint="start it as `HF_HUB_OFFLINE=1 python3 -I -m cloister enclave ...`, as the units in deploy/ do",
+            hint="start it as `HF_HUB_OFFLINE=1 python3 -I -m cloister ...`, as the units in deploy/ do",
         )
 
 

@@ -94,7 +94,7 @@ class EnclaveServer:
     def _bind(self, listen: str) -> str:
         host, _, port = listen.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
-            raise UsageError("must be HOST:PORT", where=f"listen address {listen!r}")
+            raise UsageError("must be HOST:PORT, with a port up to 65535", where=f"listen address {listen!r}")
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError as exc:

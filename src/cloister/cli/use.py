@@ -105,7 +105,7 @@ def generate(
         raise UsageError(
             "a job file needs --enclave and --key",
             where=str(target),
-            hint="or give the folder of a run of this machine",
+            hint=f"or give the folder of a run of this machine{'' if target.exists() else '; there is nothing at this path'}",
         )
     prompts = prompt or [_read_prompt()]
     with open_progress(progress) as reporter:
