@@ -102,10 +102,11 @@ def generate(
             hint="give JOB.toml to ask an enclave on another machine; leave the options out for a run of this machine",
         )
     if not target.is_dir() and (enclave is None or key is None):
+        nothing = "" if target.exists() else "; there is nothing at this path"
         raise UsageError(
             "a job file needs --enclave and --key",
             where=str(target),
-            hint=f"or give the folder of a run of this machine{'' if target.exists() else '; there is nothing at this path'}",
+            hint=f"or give the folder of a run of this machine{nothing}",
         )
     prompts = prompt or [_read_prompt()]
     with open_progress(progress) as reporter:

@@ -69,6 +69,7 @@ def join_split(entering: Entering, *, progress: Progress, samples: int = 0) -> J
         out,
         client,
         released=entering.is_recipient,
+        progress=progress,
     )
     return make_report(
         opened,
@@ -92,7 +93,7 @@ def _take_part(
     progress: Progress,
     samples: int,
 ) -> Results:
-    with open_session(client, entering.enclave) as session:
+    with open_session(client, entering.enclave, progress) as session:
         try:
             done = completed(session, client, entering.out, released=entering.is_recipient)
             if done is not None:

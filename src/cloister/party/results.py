@@ -22,6 +22,7 @@ from cloister.errors import CloisterError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
 from cloister.party.follower import Requests
 from cloister.party.taking_part import with_reconnect
+from cloister.progress import Progress
 
 _SYSTEMS = ("base", "cloister")
 _MODE = 0o666
@@ -80,14 +81,16 @@ def completed(session: Requests, client: PartyClient, out: Path, *, released: bo
     return found
 
 
-def come_back(attempt: Callable[[], Results], out: Path, client: PartyClient, *, released: bool) -> Results:
+def come_back(
+    attempt: Callable[[], Results], out: Path, client: PartyClient, *, released: bool, progress: Progress
+) -> Results:
     """`with_reconnect`, with what an earlier start has kept.
 
     Raises:
         TransportError: the enclave stays away, and what is here is not whole.
     """
     try:
-        return with_reconnect(attempt, lambda: kept_results(out, client, released=released))
+        return with_reconnect(attempt, lambda: kept_results(out, client, released=released), progress=progress)
     except TransportError as exc:
         if (out / "receipt.json").exists():
             exc.hint = (

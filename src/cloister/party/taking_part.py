@@ -31,7 +31,7 @@ from cloister.errors import TransportError, UsageError
 from cloister.jobfile import LoadedJob
 from cloister.party.client import PartyClient, Results
 from cloister.party.generate import as_trained, prompt_ids
-from cloister.progress import Progress
+from cloister.progress import Progress, task
 from cloister.report.claims import attestation_of
 from cloister.report.fits import read_fits
 from cloister.report.fits import warnings as fit_warnings
@@ -126,7 +126,7 @@ class Counter:
         self.down += session.bytes_received
 
 
-def open_session(client: PartyClient, enclave: str) -> Session:
+def open_session(client: PartyClient, enclave: str, progress: Progress) -> Session:
     """An attested session with the enclave.
 
     Raises:
@@ -144,10 +144,16 @@ def open_session(client: PartyClient, enclave: str) -> Session:
         verify_evidence=appraise,
         attester=client.attester,
     )
-    return connect(enclave, initiator)
+    with task(progress, "connecting"):
+        return connect(enclave, initiator)
 
 
-def with_reconnect(attempt: Callable[[], Results], kept: Callable[[], Results | None] = lambda: None) -> Results:
+def with_reconnect(
+    attempt: Callable[[], Results],
+    kept: Callable[[], Results | None] = lambda: None,
+    *,
+    progress: Progress,
+) -> Results:
     """Begin again with a new session when the connection is lost; what was sent is not sent again.
 
     Args:
@@ -159,7 +165,7 @@ def with_reconnect(attempt: Callable[[], Results], kept: Callable[[], Results | 
         begun = time.monotonic()
         try:
             return attempt()
-        except TransportError:
+        except TransportError as exc:
             found, now = kept(), time.monotonic()
             if found is not None and found.complete:
                 return found
@@ -169,7 +175,9 @@ def with_reconnect(attempt: Callable[[], Results], kept: Callable[[], Results | 
                 if found is not None:
                     return found
                 raise
-            time.sleep(pause)
+            with task(progress, "connection lost, waiting") as waiting:
+                waiting.set(0.0, note=f"{exc.message}; tried for {deadline - now:.0f} s more")
+                time.sleep(pause)
             pause = min(2 * pause, 15.0)
 
 

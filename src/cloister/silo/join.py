@@ -113,6 +113,7 @@ class _Silo:
                 entering.out,
                 self._client,
                 released=entering.is_recipient,
+                progress=self._progress,
             )
         return make_report(
             self._opened,
@@ -165,7 +166,7 @@ class _Silo:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        with open_session(self._client, self._entering.enclave) as session:
+        with open_session(self._client, self._entering.enclave, self._progress) as session:
             try:
                 yield session
             finally:

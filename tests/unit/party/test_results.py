@@ -13,6 +13,7 @@ from cloister.agreement.receipt import Receipt
 from cloister.errors import CapacityError, ProtocolError, TransportError, VerificationError
 from cloister.party.client import PartyClient, Results
 from cloister.party.results import come_back, completed, keep_receipt, keep_results, kept_results
+from cloister.progress import Silent
 from cloister.report.outputs import Countersignature, EnclaveReport
 from tests.unit.enclave.stage import PARTIES, Stage, Wire
 
@@ -187,14 +188,15 @@ def test_an_enclave_that_is_gone_costs_only_results_that_are_damaged(
         raise TransportError("nobody answers", hint="is it running?")
 
     if whole:
-        assert come_back(attempt, tmp_path, client(stage), released=True).adapter == results["north"].adapter
+        found = come_back(attempt, tmp_path, client(stage), released=True, progress=Silent())
+        assert found.adapter == results["north"].adapter
         return
     with pytest.raises(TransportError, match="nobody answers") as error:
-        come_back(attempt, tmp_path, client(stage), released=True)
+        come_back(attempt, tmp_path, client(stage), released=True, progress=Silent())
     assert "damaged" in error.value.hint
     (tmp_path / "receipt.json").unlink()
     with pytest.raises(TransportError) as error:
-        come_back(attempt, tmp_path, client(stage), released=True)
+        come_back(attempt, tmp_path, client(stage), released=True, progress=Silent())
     assert error.value.hint == "is it running?"
 
 
