@@ -29,6 +29,10 @@ from cloister.masking.quantise import Direction
 from cloister.masking.weights import GroupPlan
 
 
+class PadsUsedUpError(CapacityError):
+    """More rows were drawn than were computed: what was interrupted and done again takes pads again."""
+
+
 class PrecomputedPads:
     """A `PadSource`."""
 
@@ -58,7 +62,7 @@ class PrecomputedPads:
         """The next rows of a stream, burnt when this returns; see `PadSource`. Products are unsealed by the reply.
 
         Raises:
-            CapacityError: fewer rows are left. RunError: this is a copy of the process, by fork().
+            PadsUsedUpError: fewer rows are left. RunError: this is a copy of the process, by fork().
         """
         if rows < 1:
             raise ValueError("a pad has at least one row")
@@ -134,9 +138,9 @@ def require_room(folder: Path, num_bytes: int) -> None:
         raise CapacityError(message, where=str(folder), hint=hint)
 
 
-def _exhausted(group: str, direction: Direction, *, planned: int) -> CapacityError:
-    return CapacityError(
+def _exhausted(group: str, direction: Direction, *, planned: int) -> PadsUsedUpError:
+    return PadsUsedUpError(
         f"its {direction} pads are used up: {planned} rows were planned",
         where=group,
-        hint="make pads anew with `cloister pads`; retries and more evaluations than the job has need more rows",
+        hint="start again; pads that are kept have to be made anew before, with `cloister pads`",
     )

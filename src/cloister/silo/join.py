@@ -25,6 +25,7 @@ from cloister.data.prepare import PartyData, prepare
 from cloister.errors import DataError
 from cloister.federation.state import GlobalState
 from cloister.masking.pads import StreamId
+from cloister.masking.precomputed import PadsUsedUpError
 from cloister.masking.weights import GroupPlan
 from cloister.model.anatomy import load_tokenizer
 from cloister.party.client import PartyClient, Results
@@ -47,11 +48,13 @@ from cloister.report.model import Masking
 from cloister.report.outputs import JoinReport
 from cloister.silo.answer import answer
 from cloister.silo.budget import party_budget, rows_at_start
-from cloister.silo.model import IN_FLIGHT, SiloModel, both_on_one_host, open_model
+from cloister.silo.model import IN_FLIGHT, SiloModel, Traffic, both_on_one_host, open_model
 from cloister.silo.tasks import Worker
 from cloister.silo.work import SiloWork
 
 _SALT_BYTES = 32
+RENEWALS = 16
+"""How often pads are computed anew while a party runs, so that nobody can make it compute them for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,8 @@ class _Silo:
         self._progress, self._samples = progress, samples if may_ask(opened, entering.party) else 0
         self._counter = Counter()
         self._timing: dict[str, float] = {}
+        self._traffic: list[Traffic] = []
+        self._warnings: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(opened.resolved.model.folder)
 
     def join(self) -> JoinReport:
@@ -105,16 +110,13 @@ class _Silo:
             files = (resolved.loaded.data_file(entering.party, part) for part in ("train", "test"))
             data = prepare(resolved.job, self._tokenizer, *files)
             committed = commit(data, _salt(entering.out / "commitment.salt"))
-        with open_model(entering, self._opened, lambda plans: self._rows(plans, data), self._progress) as model:
-            self._timing["preparing"] = time.monotonic() - began
-            work = SiloWork(model.half, data, resolved.job, entering.party, in_flight=IN_FLIGHT, verify=model.verify)
-            results = come_back(
-                lambda: self._take_part(committed, model, work),
-                entering.out,
-                self._client,
-                released=entering.is_recipient,
-                progress=self._progress,
-            )
+        for left in reversed(range(RENEWALS + 1)):
+            try:
+                results = self._behind_masks(committed, data, began)
+                break
+            except PadsUsedUpError:
+                if not left or resolved.job.masking.pad_store is not None:
+                    raise
         return make_report(
             self._opened,
             entering.party,
@@ -129,11 +131,31 @@ class _Silo:
                 bits=resolved.job.masking.bits,
                 checked=resolved.job.masking.check,
                 one_host=both_on_one_host(resolved.job.masking),
-                bytes_up=model.traffic.bytes_up,
-                bytes_down=model.traffic.bytes_down,
+                bytes_up=sum(each.bytes_up for each in self._traffic),
+                bytes_down=sum(each.bytes_down for each in self._traffic),
             ),
-            warnings=model.warnings,
+            warnings=self._warnings,
         )
+
+    def _behind_masks(self, committed: Committed, data: PartyData, began: float) -> Results:
+        """From pads and weights to the results.
+
+        Raises:
+            PadsUsedUpError: rounds that were interrupted have taken what was to spare. A next start has new pads.
+        """
+        entering, job = self._entering, self._opened.resolved.job
+        with open_model(entering, self._opened, lambda plans: self._rows(plans, data), self._progress) as model:
+            self._traffic.append(model.traffic)
+            self._warnings = model.warnings
+            self._timing.setdefault("preparing", time.monotonic() - began)
+            work = SiloWork(model.half, data, job, entering.party, in_flight=IN_FLIGHT, verify=model.verify)
+            return come_back(
+                lambda: self._take_part(committed, model, work),
+                entering.out,
+                self._client,
+                released=entering.is_recipient,
+                progress=self._progress,
+            )
 
     def _rows(self, plans: Sequence[GroupPlan], data: PartyData) -> Mapping[StreamId, int]:
         job = self._opened.resolved.job
