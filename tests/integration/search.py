@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +76,19 @@ def files_under(folder: Path) -> Iterator[Path]:
 def left_for_a_while(folder: Path) -> list[Path]:
     """Files and folders, at any depth, in folders for temporary files of the test's own commands."""
     return [path for temporary in folder.rglob("tmp") if temporary.is_dir() for path in temporary.rglob("*")]
+
+
+def private_folders() -> set[Path]:
+    """Folders in shared memory that enclaves of several processes have made, those of other programs' jobs too."""
+    return set(Path("/dev/shm").glob("cloister-*"))  # noqa: S108  # looked into
+
+
+def left_in_memory(before: set[Path]) -> set[Path]:
+    """Private folders that were not there before and stay; those of jobs beside this test go when these end."""
+    found, deadline = private_folders() - before, time.monotonic() + 120
+    while any(path.exists() for path in found) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return {path for path in found if path.exists()}
 
 
 def without(paths: Iterable[Path], *folders: Path) -> list[Path]:

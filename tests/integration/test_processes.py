@@ -14,13 +14,12 @@ import pytest
 
 from cloister.report.model import RunReport
 from tests.integration.conftest import FinishedRun
-from tests.integration.search import files_under, holding
+from tests.integration.search import files_under, holding, left_in_memory, private_folders
 from tests.integration.tiny_job import PARTIES, SECTIONS, alive, finish, started
 
 pytestmark = pytest.mark.integration
 
 STEPS = SECTIONS["training"]["steps"]
-MEMORY = Path("/dev/shm")  # noqa: S108  # looked into
 TOLERANCE = 1e-4
 """Relative, of losses: sums of the same terms in another order, over eight steps."""
 
@@ -58,7 +57,7 @@ def started_by(pid: int) -> dict[str, set[int]]:
 def test_two_processes_end_with_the_enclave_and_give_the_results_of_one(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
-    job, out, before = job_of_two(finished_run, tmp_path), tmp_path / "out", set(MEMORY.glob("cloister-*"))
+    job, out, before = job_of_two(finished_run, tmp_path), tmp_path / "out", private_folders()
     with started("run", job, "--out", out, "--json", folder=tmp_path / "first") as command:
         while not (found := started_by(command.process.pid))["worker"]:
             assert command.process.poll() is None, command.process.returncode
@@ -70,7 +69,7 @@ def test_two_processes_end_with_the_enclave_and_give_the_results_of_one(
     assert len(others) == 2
     while alive(others):
         time.sleep(0.1)  # the test's own time limit ends this
-    assert set(MEMORY.glob("cloister-*")) - before == set()
+    assert left_in_memory(before) == set()
 
     again = finish("run", job, "--out", out, "--json", folder=tmp_path / "second")
     assert again.process.returncode == 0, again.stdout + again.stderr
@@ -81,7 +80,7 @@ def test_two_processes_end_with_the_enclave_and_give_the_results_of_one(
     assert [row.bits_per_byte for row in report.results] == pytest.approx(
         [row.bits_per_byte for row in one.results], rel=TOLERANCE
     )
-    assert set(MEMORY.glob("cloister-*")) - before == set()
+    assert left_in_memory(before) == set()
     assert not list((tmp_path / "second" / "tmp").iterdir())
     for party in PARTIES:
         keys = [path.read_bytes() for path in (out / "parties" / party / "bundles").glob("*.key")]

@@ -30,13 +30,13 @@ from cloister.job import EnclaveSection
 from cloister.model.anatomy import load_model
 from cloister.model.cut import Latter
 from cloister.progress import Silent
+from tests.integration.search import left_in_memory, private_folders
 from tests.unit.enclave.test_work import CUT, job, prepare, resolve
 from tests.unit.model.tiny import tiny_model
 
 STEPS = 6
 TOLERANCE = 1e-5
 """Relative, of losses: see test_team.py."""
-MEMORY = Path("/dev/shm")  # noqa: S108  # looked into
 
 
 @dataclasses.dataclass
@@ -111,11 +111,6 @@ def workers_of_this() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "cloister.enclave." in " ".join(p.cmdline())]
 
 
-def left_behind() -> set[str]:
-    """Private folders; other jobs on this machine may have some."""
-    return {path.name for path in MEMORY.glob("cloister-*")}
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -155,7 +150,7 @@ class Seen:
                 if target.is_file() or str(target).startswith("/memfd:"):
                     self.readable.append(descriptor.read_bytes())
             self._ports(process)
-        for folder in MEMORY.glob("cloister-*"):
+        for folder in private_folders():
             if any(str(folder) in " ".join(command) for command in self.commands):
                 self.modes.add(folder.stat().st_mode & 0o777)
                 self.readable += [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
@@ -178,26 +173,26 @@ def _listening(process: psutil.Process) -> list[tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Played, Seen, set[str]]:
+def two(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Played, Seen, set[Path]]:
     """The same job by two processes, looked at after the second step; and private folders that are left."""
-    seen, before = Seen(), left_behind()
+    seen, before = Seen(), private_folders()
 
     def on_step(step: int, keys: list[bytes]) -> None:
         if step == 2:
             seen.look(keys)
 
     played = play(tmp_path_factory.mktemp("two"), model, on_step=on_step, processes=2)
-    return played, seen, left_behind() - before
+    return played, seen, left_in_memory(before)
 
 
-def test_two_processes_give_the_curve_and_the_scores_of_one(alone: Played, two: tuple[Played, Seen, set[str]]) -> None:
+def test_two_processes_give_the_curve_and_the_scores_of_one(alone: Played, two: tuple[Played, Seen, set[Path]]) -> None:
     assert len(alone.losses) == STEPS
     assert two[0].losses == pytest.approx(alone.losses, rel=TOLERANCE)
     assert two[0].scores == pytest.approx(alone.scores, rel=TOLERANCE)
     assert len(alone.scores) > 4
 
 
-def test_no_key_is_readable_from_outside(two: tuple[Played, Seen, set[str]]) -> None:
+def test_no_key_is_readable_from_outside(two: tuple[Played, Seen, set[Path]]) -> None:
     played, seen, _ = two
     assert [("torchrun" in " ".join(c), "worker" in " ".join(c)) for c in seen.commands] == [
         (True, False),
@@ -210,7 +205,7 @@ def test_no_key_is_readable_from_outside(two: tuple[Played, Seen, set[str]]) -> 
             assert not [content[:80] for content in seen.readable if form in content]
 
 
-def test_no_port_takes_a_connection(two: tuple[Played, Seen, set[str]]) -> None:
+def test_no_port_takes_a_connection(two: tuple[Played, Seen, set[Path]]) -> None:
     """gloo listens on the loopback interface as long as it lives, and answers nobody."""
     _, seen, _ = two
     assert len(seen.listening) == 2
@@ -218,7 +213,7 @@ def test_no_port_takes_a_connection(two: tuple[Played, Seen, set[str]]) -> None:
     assert seen.connected == []
 
 
-def test_the_folder_is_private_and_goes(two: tuple[Played, Seen, set[str]]) -> None:
+def test_the_folder_is_private_and_goes(two: tuple[Played, Seen, set[Path]]) -> None:
     _, seen, left = two
     assert seen.modes == {0o700}
     assert left == set()
@@ -234,7 +229,7 @@ def test_parted_layers_go_on_from_the_checkpoint_of_one_process(alone: Played, t
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(
-    alone: Played, two: tuple[Played, Seen, set[str]], tmp_path: Path, model: Path
+    alone: Played, two: tuple[Played, Seen, set[Path]], tmp_path: Path, model: Path
 ) -> None:
     resumed = play(tmp_path, model, saved=two[0].saved[1])
     assert resumed.losses[:4] == two[0].losses[:4]
@@ -242,7 +237,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 
 
 def test_a_process_that_dies_fails_the_job_and_is_named(tmp_path: Path, model: Path) -> None:
-    before = left_behind()
+    before = private_folders()
 
     def kill(step: int, keys: list[bytes]) -> None:
         if step == 2:
@@ -254,7 +249,7 @@ def test_a_process_that_dies_fails_the_job_and_is_named(tmp_path: Path, model: P
     assert isinstance(died.error, RunError)
     assert str(died.error) == "enclave process 1: process 1 of 2 was ended by signal 9"
     assert died.outcome is None
-    assert left_behind() - before == set()
+    assert left_in_memory(before) == set()
     assert workers_of_this() == []
 
 
