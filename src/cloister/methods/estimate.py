@@ -52,6 +52,9 @@ _FRAME_SHARE = 0.001
 """gRPC frames and control messages, as a share of what they carry."""
 _RESULT_BYTES_PER_EXAMPLE = 400
 """A test example's scores by one system as a line of JSON, as the party gets them back, encrypted."""
+_SESSION_BYTES_UP, _SESSION_BYTES_DOWN = 16_000, 24_000
+"""Evidence, manifest, checkpoints' signatures, progress, receipt: what five parties' small jobs measured; it matters
+in small ones only."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 """The first number in a tensor's name is its layer's: experts and other lists lie inside layers."""
@@ -172,13 +175,13 @@ def bundle_bytes(part: PartCount, hidden: int, activation_dtype: str, chunk_byte
 
 
 def bytes_up(bundles: int) -> int:
-    """What a party sends: its bundles, framed."""
-    return int(bundles * (1 + _FRAME_SHARE))
+    """What a party sends: its bundles, framed, and its share of the session."""
+    return int(bundles * (1 + _FRAME_SHARE)) + _SESSION_BYTES_UP
 
 
 def bytes_down(test_examples: int, systems: int, adapter_bytes: int) -> int:
     """What a party gets back: scores of its own examples by each system, and the adapter where it is released to it."""
-    return test_examples * systems * _RESULT_BYTES_PER_EXAMPLE + adapter_bytes
+    return test_examples * systems * _RESULT_BYTES_PER_EXAMPLE + adapter_bytes + _SESSION_BYTES_DOWN
 
 
 def party_memory(
