@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cloister.attest.isolation import isolation_faults, require_isolated
+from cloister.attest.isolation import interpreter_flags, isolation_faults, require_isolated
 from cloister.attest.verify import VERIFIERS
 from cloister.errors import UsageError
 
@@ -81,3 +81,15 @@ def _may_run(kind: str) -> bool:
     except UsageError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((1, 1, 1), ["-I"]), ((0, 1, 1), []), ((1, 0, 1), []), ((1, 1, 0), [])],
+)
+def test_what_is_started_is_as_isolated_as_the_enclave(
+    flags: tuple[int, int, int], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = dict(zip(("ignore_environment", "safe_path", "no_user_site"), flags, strict=True))
+    monkeypatch.setattr("cloister.attest.isolation.sys", SimpleNamespace(flags=SimpleNamespace(**closed)))
+    assert interpreter_flags() == expected

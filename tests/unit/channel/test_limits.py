@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 
 from cloister.channel import client as client_module
+from cloister.channel.files import make_room_for_files
 from cloister.channel.grpc_common import OFFSET, SESSION, UPLOAD, common_options
 from cloister.channel.grpc_io import Limits, upload
 from cloister.channel.limits import SPARE_FILES
@@ -246,6 +249,38 @@ print(make_room_for_files(Limits(max_connections=5000)).max_connections, *resour
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [f"500 {500 + SPARE_FILES} 1000", f"{1000 - SPARE_FILES} 1000 1000"]
+
+
+class Process:
+    """Limits on open files as another process may have them; `refuses` to change them, as seccomp may."""
+
+    def __init__(self, soft: int, hard: int, *, refuses: bool = False) -> None:
+        self.limits, self._refuses = (soft, hard), refuses
+
+    def rlimit(self, _: int, limits: tuple[int, int] | None = None) -> tuple[int, int]:
+        if limits is not None:
+            if self._refuses:
+                raise PermissionError
+            self.limits = limits
+        return self.limits
+
+
+@pytest.mark.parametrize(
+    ("process", "taken", "soft"),
+    [
+        (Process(64, 1000), 500, 500 + SPARE_FILES),
+        (Process(64, 300), 300 - SPARE_FILES, 300),
+        (Process(SPARE_FILES, 1000, refuses=True), 1, SPARE_FILES),
+        (Process(-1, -1), 500, -1),  # no limit
+        (SimpleNamespace(), 500, None),  # a system without such limits
+    ],
+)
+def test_connections_fit_into_the_limits(
+    process: Any, taken: int, soft: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    assert make_room_for_files(Limits(max_connections=500)).max_connections == taken
+    assert soft is None or process.limits[0] == soft
 
 
 def test_room_for_every_party_of_a_job() -> None:

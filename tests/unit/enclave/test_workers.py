@@ -11,14 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from cloister.attest import isolation
 from cloister.enclave import workers
 from cloister.enclave.lifeline import MAX_LINE_BYTES, describe, say
 from cloister.enclave.placing import is_parted, own_device
@@ -359,15 +357,3 @@ def test_a_process_under_evidence_of_a_tee_must_be_isolated(tmp_path: Path) -> N
     said = json.loads(ended.stdout)
     assert (ended.returncode, said["rank"], said["error"]["class"]) == (1, 1, "UsageError")
     assert "not isolated" in said["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [((1, 1, 1), ["-I"]), ((0, 1, 1), []), ((1, 0, 1), []), ((1, 1, 0), [])],
-)
-def test_what_is_started_is_as_isolated_as_the_enclave(
-    flags: tuple[int, int, int], expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    closed = dict(zip(("ignore_environment", "safe_path", "no_user_site"), flags, strict=True))
-    monkeypatch.setattr(isolation, "sys", SimpleNamespace(flags=SimpleNamespace(**closed)))
-    assert isolation.interpreter_flags() == expected
