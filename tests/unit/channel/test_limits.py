@@ -24,6 +24,7 @@ from cloister.channel.files import make_room_for_files
 from cloister.channel.grpc_common import OFFSET, SESSION, UPLOAD, common_options
 from cloister.channel.grpc_io import Limits, upload
 from cloister.channel.limits import SPARE_FILES
+from cloister.channel.server import _timed
 from cloister.crypto.bundle import read_header
 from cloister.errors import CapacityError, TransportError
 from tests.unit.channel.peers import KEY, PARTY
@@ -290,3 +291,12 @@ def test_room_for_every_party_of_a_job() -> None:
     )
     assert limits.max_uploads >= 64
     assert Limits.of_job(2, 9).max_connections == 9
+
+
+def test_the_timer_runs_while_a_message_is_waited_for() -> None:
+    """Also to the end of the stream, which a peer that closes may or may not reach before its call ends."""
+    seen: list[float | None] = []
+    timer = SimpleNamespace(set=seen.append)
+    for message in _timed(iter([b"one", b"two"]), timer, 5.0):  # type: ignore[arg-type]  # all of one that is used
+        seen.append(float(len(message)))
+    assert seen == [5.0, None, 3.0, 5.0, None, 3.0, 5.0, None]
