@@ -74,7 +74,9 @@ def check_positions(loaded: LoadedJob, model: ModelFiles) -> None:
     if not isinstance(positions, int):
         return  # positions are computed, for any length
     job = loaded.job
-    in_front = job.adapter.prefix_tokens if job.adapter.kind == "ptuning" and job.job.method == "slice" else 0
+    # Where all layers have a prefix, tokens stand behind it: so they do in baselines that train the whole model.
+    whole = job.job.method == "slice" or not {"local", "central"}.isdisjoint(job.evaluation.baselines)
+    in_front = job.adapter.prefix_tokens if job.adapter.kind == "ptuning" and whole else 0
     longest = job.training.max_tokens
     if longest + in_front > positions:
         behind = f" behind a prefix of {in_front}" if in_front else ""

@@ -180,7 +180,7 @@ def bytes_up(bundles: int) -> int:
 
 
 def bytes_down(test_examples: int, systems: int, adapter_bytes: int) -> int:
-    """What a party gets back: scores of its own examples by each system, and the adapter where it is released to it."""
+    """What a party gets back: scores of its own examples by each system, the session, and a released adapter."""
     return test_examples * systems * _RESULT_BYTES_PER_EXAMPLE + adapter_bytes + _SESSION_BYTES_DOWN
 
 

@@ -43,6 +43,8 @@ def test_no_layers(tmp_path: Path, config: dict[str, object]) -> None:
 
 
 LORA = 'kind = "lora"'
+BASE = '[evaluation]\nbaselines = ["base"]'
+WHOLE = '[evaluation]\nbaselines = ["central"]'
 PREFIX = 'kind = "ptuning"\nprefix_tokens = 16'
 
 
@@ -52,7 +54,10 @@ PREFIX = 'kind = "ptuning"\nprefix_tokens = 16'
         ("split", LORA, {"n_positions": 64}, True),
         ("split", LORA, {"n_positions": 63}, False),
         ("split", LORA, {"max_position_embeddings": 63}, True),  # rotary: computed for any length
-        ("split", PREFIX, {"n_positions": 64}, True),  # latter layers only: tokens keep their positions
+        ("split", f"{PREFIX}\n{BASE}", {"n_positions": 64}, True),  # latter layers only: tokens keep their positions
+        ("split", f"{PREFIX}\n{BASE}", {"n_positions": 63}, False),
+        ("split", f"{PREFIX}\n{WHOLE}", {"n_positions": 80}, True),
+        ("split", f"{PREFIX}\n{WHOLE}", {"n_positions": 79}, False),
         ("slice", PREFIX, {"n_positions": 80}, True),
         ("slice", PREFIX, {"n_positions": 79}, False),
     ],

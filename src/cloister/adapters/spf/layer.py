@@ -31,7 +31,7 @@ class SPFLayer(nn.Module, BaseTunerLayer):
     """Wraps a `nn.Linear` or Conv1D, whose weight it changes only while merged."""
 
     adapter_layer_names = ("spf_rows", "spf_lora_A", "spf_lora_B")
-    other_param_names = ("spf_index", "spf_base", "spf_lora_dropout", "spf_scaling")
+    other_param_names = ("spf_index", "spf_base", "spf_lora_dropout", "spf_scaling", "_begun", "_assigned")
 
     def __init__(self, base_layer: nn.Module) -> None:
         """
@@ -52,7 +52,9 @@ class SPFLayer(nn.Module, BaseTunerLayer):
         self._before_merge: dict[str, Tensor] = {}
         self._unchosen: set[str] = set()
         self._begun: dict[str, nn.Parameter] = {}
+        """Rows as they were made or last found whole: those still in place have not been assigned."""
         self._assigned: dict[str, set[str]] = {}
+        """What else has been assigned since, of each adapter."""
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -125,8 +127,10 @@ class SPFLayer(nn.Module, BaseTunerLayer):
             )
         for name in names:
             if assigned := self._assigned.get(name):
-                begun = self.spf_rows[name] is self._begun[name]
-                _require_all(assigned if begun else assigned | {"spf_rows"})
+                unchanged = self.spf_rows[name] is self._begun[name]
+                _require_all(assigned if unchanged else assigned | {"spf_rows"})
+                self._begun[name] = self.spf_rows[name]  # the ones before are not to be kept in memory
+                del self._assigned[name]
         return [(self.spf_rows[name], self.spf_index[name]) for name in names]
 
     def _active(self, among: nn.ModuleDict) -> list[str]:

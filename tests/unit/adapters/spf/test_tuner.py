@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cloister.adapters import SPFConfig
+from cloister.adapters.spf.layer import SPFLayer
 from cloister.errors import AdapterError
 from tests.unit.adapters.quantised import Quantised
 from tests.unit.adapters.spf.models import ARCHITECTURES, adapted_model, layers_of, logits, loss, move
@@ -292,6 +293,18 @@ def test_transformers_loads_saves_and_deletes_an_adapter_under_any_name(name: st
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(name), tmp_path / "again")), logits(saved))
     model.delete_adapter("other")
     assert torch.equal(logits(model), logits(tiny_model(name)))
+
+
+def test_rows_that_were_replaced_or_deleted_are_not_kept(tmp_path: Path) -> None:
+    adapted_model("llama", moved=True).save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    model.load_adapter(str(tmp_path), adapter_name="other")
+    logits(model)
+    layers = [module for module in model.modules() if isinstance(module, SPFLayer) and "other" in module.spf_rows]
+    assert layers
+    assert all(layer._begun["other"] is layer.spf_rows["other"] and not layer._assigned for layer in layers)
+    model.delete_adapter("other")
+    assert not any(layer._begun for layer in layers)
 
 
 def test_transformers_loads_a_choice_by_gradients(tmp_path: Path) -> None:
